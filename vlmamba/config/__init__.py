@@ -1,0 +1,33 @@
+"""Typed configuration: frozen dataclasses, YAML on disk, dotted overrides, recipes loaded by path."""
+
+from __future__ import annotations
+
+from vlmamba.config.base import (
+    Change,
+    Config,
+    describe,
+    diff_configs,
+    dump_yaml,
+    field_docs,
+    flatten,
+    load_yaml,
+)
+from vlmamba.config.overrides import apply_overrides, parse_overrides
+from vlmamba.config.recipe import Recipe, list_recipes, load_recipe, recipe_functions
+
+__all__ = [
+    "Change",
+    "Config",
+    "Recipe",
+    "apply_overrides",
+    "describe",
+    "diff_configs",
+    "dump_yaml",
+    "field_docs",
+    "flatten",
+    "list_recipes",
+    "load_recipe",
+    "load_yaml",
+    "parse_overrides",
+    "recipe_functions",
+]
