@@ -1,0 +1,141 @@
+"""Where pre-trained encoders come from: local directories, hub ids, and advice when there is nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmamba.errors import CheckpointError, MissingFileError
+from vlmamba.models.vision import encoders
+from vlmamba.models.vision.presets import FAMILY_HUB_IDS, HUB_IDS
+
+logger = logging.getLogger(__name__)
+
+RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """True for ``owner/name`` that is no existing path and no obvious local one."""
+    return bool(_HUB_ID.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.exists()
+
+
+def resolve(path: str, family: str) -> str:
+    """A local directory (with ~ expanded) or a hub id.
+
+    Raises:
+        MissingFileError: Neither; names the path and where to get the checkpoint.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if local.is_file():
+        raise MissingFileError(
+            f"{path} is a file, but the {family} family loads a directory with config.json and its weights. "
+            f"Give the directory."
+        )
+    if looks_like_hub_id(path):
+        return path
+    raise MissingFileError(missing(path, family, "no such directory"))
+
+
+def advice(path: str, family: str) -> str:
+    """A command that gets the checkpoint meant by a path."""
+    name = Path(path).name
+    hub_id = path if _HUB_ID.fullmatch(path) and "checkpoints" not in path else None
+    hub_id = HUB_IDS.get(name) or hub_id or FAMILY_HUB_IDS.get(family)
+    if hub_id is None:
+        return "give the directory of a checkpoint or a hub id"
+    target = path if hub_id != path else f"checkpoints/{name}"
+    return f"hf download {hub_id} --local-dir {target}"
+
+
+def missing(path: str, family: str, reason: str) -> str:
+    """The message for a checkpoint that is not there."""
+    return f"no {family} checkpoint at {path} ({reason}). Get one with: {advice(path, family)}"
+
+
+def read_config(path: str, family: str, filename: str = "config.json") -> dict[str, Any]:
+    """A JSON file of a local directory or hub repository.
+
+    Raises:
+        MissingFileError: It is not there or cannot be fetched.
+        CheckpointError: It is not a JSON object.
+    """
+    found = fetch(path, family, filename)
+    try:
+        content = json.loads(Path(found).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{found} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{found} holds a {type(content).__name__}, not a JSON object.")
+    return content
+
+
+def fetch(path: str, family: str, filename: str) -> str:
+    """Path of one file of a local directory or hub repository (downloaded if need be).
+
+    Raises:
+        MissingFileError: It is not there or cannot be fetched.
+    """
+    local = Path(path)
+    if local.is_dir():
+        if not (local / filename).is_file():
+            raise MissingFileError(missing(path, family, f"the directory has no {filename}"))
+        return str(local / filename)
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(path, filename)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MissingFileError(missing(path, family, reason)) from error
+    if found is None:
+        raise MissingFileError(missing(path, family, f"the repository has no {filename}"))
+    return str(found)
+
+
+def other_family(model_type: Any) -> str:
+    """A sentence naming the family that can load a model_type, if any."""
+    from vlmamba.models.vision.transformers_tower import TransformersEncoder
+
+    for name in ("siglip", "siglip2", "clip", "dinov2"):
+        family = encoders.get(name)
+        if issubclass(family, TransformersEncoder) and model_type in family.checkpoint_types:
+            return f" Use family {name!r}."
+    return ""
+
+
+def image_settings(path: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's preprocessor_config.json says differently from the family's defaults.
+
+    Missing files and keys mean the defaults.
+    """
+    try:
+        found = read_config(path, "", "preprocessor_config.json")
+    except MissingFileError:
+        return {}
+    settings: dict[str, Any] = {}
+    if found.get("image_mean"):
+        settings["mean"] = [float(x) for x in found["image_mean"]]
+    if found.get("image_std"):
+        settings["std"] = [float(x) for x in found["image_std"]]
+    if found.get("resample") in RESAMPLE_NAMES:
+        settings["resample"] = RESAMPLE_NAMES[found["resample"]]
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    return {key: value for key, value in settings.items() if value != plain.get(key)}
+
+
+def log_resize(family: str, old: tuple[int, int], new: tuple[int, int], image_size: int) -> None:
+    """Say that position embeddings were interpolated."""
+    logger.info(
+        "%s encoder: position embeddings interpolated from a %d x %d to a %d x %d grid for %d px images",
+        family,
+        *old,
+        *new,
+        image_size,
+    )
