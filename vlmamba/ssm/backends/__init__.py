@@ -1,0 +1,1 @@
+"""Implementations of the state-space operations; `vlmamba.ssm.registry` names them."""

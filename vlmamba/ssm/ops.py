@@ -1,0 +1,256 @@
+"""The selective scan of Mamba and its single decode step.
+
+The recurrence is equation 2 of the Mamba paper (Gu and Dao 2023, arXiv:2312.00752) with the discretisation of
+its section 3.2 as its code has it: exp(dt A) for the decay and dt B for the input.
+
+Shape legend: B batch, L length, D channels, N state size, G groups, S asked states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmamba.errors import ShapeError
+from vlmamba.ssm.checks import check_device, check_dtype, check_integers, check_shape, grouped
+from vlmamba.ssm.registry import choose_backend
+from vlmamba.ssm.spec import ScanCall, ScanSpec, compute_dtype
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = True,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    reverse: bool | Sequence[bool] = False,
+    state_at: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the selective scan over whole sequences.
+
+    With delta = softplus(dt + dt_bias), for every channel d of group g:
+
+        h[t] = exp(delta[t] A) h[t-1] + delta[t] u[t] B[t, g]
+        y[t] = (C[t, g] . h[t] + D u[t]) silu(z[t])
+
+    Views of any row stride are read in place. Arithmetic and states are float32 (float64 for float64 inputs).
+
+    Args:
+        u: Input, (B, L, D).
+        dt: Raw time step, (B, L, D).
+        A: Continuous decay, (D, N), negative for a stable state.
+        B: Input matrix, (B, L, N) or (B, L, G, N); channel d belongs to group d // (D // G).
+        C: Output matrix, shaped as `B`.
+        D: Skip weight, (D).
+        z: Gate, (B, L, D).
+        dt_bias: Added to `dt` before the softplus, (D).
+        dt_softplus: Whether `dt` goes through softplus.
+        seq_idx: (B, L) integers; the state restarts at zero wherever neighbouring values differ.
+        initial_state: (B, D, N), the state before the first token in scan direction. Differentiable.
+        reverse: Scan from the last token to the first; or one bool for each group.
+        state_at: (B, S) integer time positions (0 is the first token, whatever the direction).
+        return_last_state: Whether to return the state after the last token in scan direction.
+        backend: Name of a backend; by default the best one that can serve.
+
+    Returns:
+        `y` (B, L, D) in u's dtype. With `state_at` the pair of y and the states right after those tokens,
+        (B, S, D, N) (whether or not `return_last_state` is set); otherwise with `return_last_state` the pair
+        of y and the last state, (B, D, N). States are float32 and differentiable.
+
+    Raises:
+        ShapeError: Shapes, dtypes or devices do not fit.
+        BackendError: The backend asked for is unknown or cannot serve the call.
+    """
+    call = _checked_call(
+        u,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        seq_idx,
+        initial_state,
+        reverse,
+        state_at,
+        return_last_state,
+    )
+    spec = _spec_of(call)
+    with torch.autocast(u.device.type, enabled=False):
+        y, states = choose_backend(spec, backend).scan(call)
+    return y if states is None else (y, states)
+
+
+def selective_state_update(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = True,
+) -> Tensor:
+    """Run one decode step and overwrite the state in place.
+
+    Gradients reach every argument of this step but not the steps before it: the state counts as a constant.
+
+    Args:
+        state: (B, D, N), float32; holds the next state afterwards.
+        u: (B, D), as are `dt` and `z`.
+        dt: Raw time step.
+        A: (D, N).
+        B: (B, N) or (B, G, N), as is `C`.
+        C: Output matrix.
+        D: (D), as is `dt_bias`.
+        z: Gate.
+        dt_bias: Added to `dt` before the softplus.
+        dt_softplus: Whether `dt` goes through softplus.
+
+    Returns:
+        y, (B, D) in u's dtype.
+
+    Raises:
+        ShapeError: Shapes or devices do not fit.
+    """
+    name = "selective_state_update"
+    check_shape(name, "u", u, (None, None), "(B, D)")
+    batch, channels = u.shape
+    check_shape(name, "A", A, (channels, None), "(D, N)")
+    size = A.shape[1]
+    check_shape(name, "state", state, (batch, channels, size), "(B, D, N)")
+    for label, tensor in (("dt", dt), ("z", z)):
+        check_shape(name, label, tensor, (batch, channels), "(B, D) like u")
+    for label, tensor in (("D", D), ("dt_bias", dt_bias)):
+        check_shape(name, label, tensor, (channels,), "(D)")
+    B, C = (grouped(name, label, tensor, (batch,), channels, size) for label, tensor in (("B", B), ("C", C)))
+    if B.shape != C.shape:
+        raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
+    groups = B.shape[1]
+    kind = compute_dtype(u.dtype)
+    with torch.autocast(u.device.type, enabled=False):
+        x = u.to(kind)
+        delta = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
+        delta = F.softplus(delta) if dt_softplus else delta
+        decay = torch.exp(delta.unsqueeze(-1) * A.to(kind))
+        rows = (batch, groups, channels // groups)
+        increment = (delta * x).view(*rows, 1) * B.to(kind).unsqueeze(2)
+        old = state.clone() if torch.is_grad_enabled() else state
+        new = torch.addcmul(increment.reshape(state.shape), decay, old.to(kind))
+        with torch.no_grad():
+            state.copy_(new)
+        y = torch.matmul(new.view(*rows, size), C.to(kind).unsqueeze(-1)).reshape(batch, channels)
+        if D is not None:
+            y = torch.addcmul(y, x, D.to(kind))
+        if z is not None:
+            y = y * F.silu(z.to(kind))
+        return y.to(u.dtype)
+
+
+def _checked_call(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool | Sequence[bool],
+    state_at: Tensor | None,
+    last_state: bool,
+) -> ScanCall:
+    name = "selective_scan"
+    check_shape(name, "u", u, (None, None, None), "(B, L, D)")
+    batch, length, channels = u.shape
+    check_shape(name, "A", A, (channels, None), "(D, N)")
+    size = A.shape[1]
+    for label, tensor in (("dt", dt), ("z", z)):
+        check_shape(name, label, tensor, (batch, length, channels), "(B, L, D) like u")
+        check_dtype(name, label, tensor, u.dtype, "like u")
+    for label, tensor in (("D", D), ("dt_bias", dt_bias)):
+        check_shape(name, label, tensor, (channels,), "(D)")
+    B = grouped(name, "B", B, (batch, length), channels, size)
+    C = grouped(name, "C", C, (batch, length), channels, size)
+    if B.shape != C.shape:
+        raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
+    check_shape(name, "seq_idx", seq_idx, (batch, length), "(B, L)")
+    check_integers(name, "seq_idx", seq_idx)
+    check_shape(name, "initial_state", initial_state, (batch, channels, size), "(B, D, N)")
+    check_shape(name, "state_at", state_at, (batch, None), "(B, S)")
+    check_integers(name, "state_at", state_at, limit=length)
+    tensors = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "seq_idx": seq_idx}
+    check_device(name, u, tensors | {"initial_state": initial_state, "state_at": state_at})
+    groups = B.shape[2]
+    directions = (reverse,) * groups if isinstance(reverse, bool) else tuple(bool(flag) for flag in reverse)
+    if len(directions) != groups:
+        raise ShapeError(
+            f"{name}: reverse has {len(directions)} entries for {groups} groups of B and C; give one for "
+            "each group, or a single bool."
+        )
+    if not u.dtype.is_floating_point:
+        raise ShapeError(f"{name}: u has dtype {u.dtype}; it must be a floating-point dtype.")
+    return ScanCall(
+        u=u,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        seq_idx=seq_idx,
+        initial_state=None if initial_state is None else initial_state.to(compute_dtype(u.dtype)),
+        reverse=directions,
+        state_at=None if state_at is None else state_at.long(),
+        last_state=last_state and state_at is None,
+    )
+
+
+def _spec_of(call: ScanCall) -> ScanSpec:
+    features = {
+        "D": call.D is not None,
+        "z": call.z is not None,
+        "dt_bias": call.dt_bias is not None,
+        "seq_idx": call.seq_idx is not None,
+        "initial_state": call.initial_state is not None,
+        "reverse": any(call.reverse),
+        "group_reverse": len(set(call.reverse)) > 1,
+        "state_at": call.state_at is not None,
+        "last_state": call.last_state,
+    }
+    tensors = (call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return ScanSpec(
+        op="scan",
+        device=call.u.device.type,
+        dtype=call.u.dtype,
+        batch=call.u.shape[0],
+        length=call.u.shape[1],
+        channels=call.u.shape[2],
+        state_size=call.A.shape[1],
+        groups=call.B.shape[2],
+        features=frozenset(key for key, used in features.items() if used),
+        needs_grad=needs_grad,
+    )
