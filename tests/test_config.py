@@ -59,7 +59,7 @@ class Run(Config):
     color: Color = Color.RED
     root: Path = Path()
     size: int | tuple[int, int] = 3
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = {}  # noqa: RUF012 - Config copies it
 
 
 def run(**changes: Any) -> Run:
@@ -72,6 +72,11 @@ class TestConfig:
             Optim().lr = 2.0  # type: ignore[misc]
         with pytest.raises(TypeError):
             Optim("adamw")  # type: ignore[call-arg, misc]
+
+    def test_dict_defaults_are_not_shared(self) -> None:
+        first = run()
+        first.options["scan"] = "bsm"
+        assert run().options == {}
 
     def test_round_trip(self) -> None:
         config = run(options={"scan": "bsm", "depth": 2}, color=Color.BLUE, size=(1, 2), root=Path("a/b"))

@@ -7,6 +7,7 @@ run can be repeated from its own `config.yaml`.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import functools
 import importlib
@@ -55,6 +56,10 @@ class Config:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, dict) and not name.startswith("__"):
+                # Each config gets its own copy of a dict default.
+                setattr(cls, name, dataclasses.field(default_factory=functools.partial(copy.deepcopy, value)))
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def replace(self, **changes: Any) -> Self:
