@@ -1,0 +1,295 @@
+"""From a recipe's model settings to a model and its processor.
+
+The encoder and the language model come from where they were downloaded to (or, for a dry run, from their configs
+alone, on the meta device); the connector starts fresh.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vlmamba.config import Config
+from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
+from vlmamba.models.chat import load_template, template_names
+from vlmamba.models.configuration import VLMambaConfig
+from vlmamba.models.connectors import CONNECTORS, Connector, build_connector
+from vlmamba.models.connectors.base import check_options
+from vlmamba.models.image_processing import VLMambaImageProcessor
+from vlmamba.models.language import (
+    build_language_model,
+    ensure_token_fits,
+    load_language_model,
+    load_tokenizer,
+    read_config,
+    resolve_directory,
+)
+from vlmamba.models.language.loading import resolve_directory
+from vlmamba.models.modeling import VLMambaForConditionalGeneration
+from vlmamba.models.processing import VLMambaProcessor, check_tokenizer
+from vlmamba.models.vision import build_vision_encoder, encoders, load_vision_encoder
+from vlmamba.models.vision.presets import preset_config
+from vlmamba.registry import close_matches
+
+log = logging.getLogger(__name__)
+
+CONNECTOR_FILE = "connector.safetensors"
+CONNECTOR_CONFIG_FILE = "connector_config.json"
+
+
+class VisionConfig(Config):
+    """The encoder."""
+
+    family: str
+    """Encoder family: siglip, siglip2, clip, dinov2, open_clip or fused."""
+    path: str | tuple[str, ...]
+    """Directory or hub id of the weights; for a fused encoder one "family=path" for each tower."""
+    feature_layer: int = -2
+    """Hidden state to use: -2 is the output of the second-to-last block (as in LLaVA)."""
+    final_norm: bool = False
+    """Apply the tower's final layer norm to the features."""
+    image_size: int | None = None
+    """Side of the square input in pixels; the checkpoint's own when left out."""
+    preset: str | None = None
+    """Name of the published sizes (vlmamba.models.vision.presets), for a dry run without the weights."""
+    hint: str = ""
+    """Where to get the weights, shown when they are missing."""
+
+    def __post_init__(self) -> None:
+        """Check the family's name."""
+        encoders.get(self.family)
+
+
+class ConnectorConfig(Config):
+    """The connector."""
+
+    name: str = "vss-l2"
+    """mlp, vss-mlp, vss-l2, qmamba, or a registered one."""
+    options: dict[str, Any] = {}  # noqa: RUF012 - Config copies defaults
+    """The connector's own options (scan, num_queries, depth, ...)."""
+    init: dict[str, str] = {}  # noqa: RUF012
+    """Parts that start from other weights: part name -> run, export or model directory ("pre", "layers")."""
+
+    def __post_init__(self) -> None:
+        """Check name and options."""
+        check_options(self.name, CONNECTORS.get(self.name), self.options)
+
+
+class LanguageConfig(Config):
+    """The language model."""
+
+    path: str
+    """Directory or hub id of the weights."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer; the model's own directory when left out."""
+    preset: str | None = None
+    """Size of a published Mamba ("2.8b"), for a dry run without the weights."""
+    hint: str = ""
+    """Where to get the weights, shown when they are missing."""
+
+
+class ImageConfig(Config):
+    """How images are made square."""
+
+    mode: Literal["pad", "resize", "crop"] | None = None
+    """pad (to a square, mean colour), resize, or crop; the encoder's default when left out."""
+    exif_transpose: bool = False
+    """Turn photos as their EXIF data says (off, as in LLaVA)."""
+
+
+class ModelConfig(Config):
+    """Encoder, connector, language model, chat template, image settings."""
+
+    vision: VisionConfig
+    """The encoder."""
+    language: LanguageConfig
+    """The language model."""
+    connector: ConnectorConfig = ConnectorConfig()
+    """The connector."""
+    chat: str = "vicuna_v1"
+    """Chat template: vicuna_v1, plain, mamba or zephyr."""
+    image: ImageConfig = ImageConfig()
+    """Image settings."""
+
+    def __post_init__(self) -> None:
+        """Check the template's name."""
+        names = template_names()
+        if self.chat not in names:
+            raise ConfigError(
+                f"unknown chat template {self.chat!r}.{close_matches(self.chat, names)} Known: {', '.join(names)}."
+            )
+
+
+def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, VLMambaProcessor]:
+    """Load encoder and language model, make a fresh connector, and join them.
+
+    Raises:
+        MissingFileError: Weights or tokenizer are not there.
+        CheckpointError: They do not fit.
+    """
+    vision = load_vision_encoder(
+        config.vision.family,
+        _vision_path(config.vision),
+        feature_layer=config.vision.feature_layer,
+        image_size=config.vision.image_size,
+        final_norm=config.vision.final_norm,
+    )
+    language = load_language_model(config.language.path, torch.float32)
+    tokenizer = load_tokenizer(config.language.tokenizer or config.language.path)
+    check_tokenizer(tokenizer, config.language.tokenizer or config.language.path)
+    connector = build_connector(
+        config.connector.name,
+        vision_dim=vision.hidden_size,
+        text_dim=language.config.hidden_size,
+        grid=vision.grid,
+        **config.connector.options,
+    )
+    for part, path in config.connector.init.items():
+        connector.load_part(part, _part_weights(part, path))
+    settings = {**vision.image_defaults(), "exif_transpose": config.image.exif_transpose}
+    if config.image.mode is not None:
+        settings["mode"] = config.image.mode
+    processor = VLMambaProcessor(
+        VLMambaImageProcessor(**settings),
+        tokenizer,
+        chat_template=load_template(config.chat),
+        num_image_tokens=connector.num_tokens,
+    )
+    ensure_token_fits(language, processor.image_token_id)
+    model = VLMambaForConditionalGeneration(
+        _model_config(vision.config_dict(), connector, language.config, processor.image_token_id),
+        vision_tower=vision,
+        multi_modal_projector=connector,
+        language_model=language,
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.pad_token_id
+    return model, processor
+
+
+def build_meta_model(config: ModelConfig) -> VLMambaForConditionalGeneration:
+    """The full-size model without any weights, for counting parameters and tokens.
+
+    Sizes come from the config files where they are, else from the presets the recipe names.
+    """
+    vision_config = _meta_vision_config(config.vision)
+    text_config = _meta_text_config(config.language)
+    with torch.device("meta"):
+        vision = build_vision_encoder(vision_config)
+        language = build_language_model(text_config)
+        connector = build_connector(
+            config.connector.name,
+            vision_dim=vision.hidden_size,
+            text_dim=text_config.hidden_size,
+            grid=vision.grid,
+            **config.connector.options,
+        )
+        return VLMambaForConditionalGeneration(
+            _model_config(vision_config, connector, text_config, text_config.vocab_size - 1),
+            vision_tower=vision,
+            multi_modal_projector=connector,
+            language_model=language,
+        )
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[VLMambaForConditionalGeneration, VLMambaProcessor]:
+    """Load an exported model and its processor from a directory, or from a run that holds one.
+
+    Raises:
+        MissingFileError: There is no export at `path`.
+        CheckpointError: Its weights do not fit its config.
+    """
+    directory = export_directory(path)
+    model, info = VLMambaForConditionalGeneration.from_pretrained(
+        directory, dtype=dtype or torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"the weights in {directory} do not fit its config.json: missing {sorted(info['missing_keys'])[:5]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:5]}, other shapes {sorted(info['mismatched_keys'])[:5]}"
+        )
+    return model.eval(), VLMambaProcessor.from_pretrained(directory)
+
+
+def export_directory(path: str | Path) -> Path:
+    """The directory of a plain transformers export: `path` itself, or ``export/`` in a run.
+
+    Raises:
+        MissingFileError: Neither holds a config.json.
+    """
+    given = Path(path)
+    for candidate in (given, given / "export"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    state = "there is no such directory" if not given.is_dir() else "it holds neither config.json nor export/config.json"
+    raise MissingFileError(
+        f"no exported model at {given}: {state}. Give a run directory (runs/NAME) whose training has finished, or an "
+        "exported model directory."
+    )
+
+
+def _model_config(
+    vision_config: Mapping[str, Any], connector: Connector, text_config: Any, image_token_id: int
+) -> VLMambaConfig:
+    return VLMambaConfig(
+        vision_config=vision_config,
+        connector_config={"name": connector.name, "options": dict(connector.options)},
+        text_config=text_config,
+        image_token_id=image_token_id,
+    )
+
+
+def _vision_path(config: VisionConfig) -> Any:
+    if config.family != "fused":
+        return config.path
+    towers = [config.path] if isinstance(config.path, str) else list(config.path)
+    return ",".join(towers)
+
+
+def _meta_vision_config(config: VisionConfig) -> dict[str, Any]:
+    if config.preset is not None:
+        return preset_config(
+            config.preset,
+            feature_layer=config.feature_layer,
+            image_size=config.image_size,
+            final_norm=config.final_norm,
+        )
+    encoder = load_vision_encoder(
+        config.family,
+        _vision_path(config),
+        feature_layer=config.feature_layer,
+        image_size=config.image_size,
+        final_norm=config.final_norm,
+    )
+    return encoder.config_dict()
+
+
+def _meta_text_config(config: LanguageConfig) -> Any:
+    try:
+        return read_config(resolve_directory(config.path, local_files_only=True))
+    except (MissingFileError, CheckpointError):
+        if config.preset is None:
+            raise
+    from vlmamba.models.language.sizes import mamba_config
+
+    return mamba_config(config.preset)
+
+
+def _part_weights(part: str, path: str) -> dict[str, torch.Tensor]:
+    """Weights a connector's part starts from: a saved connector, or a language model's."""
+    from safetensors.torch import load_file
+
+    for candidate in (Path(path), Path(path) / CONNECTOR_FILE, Path(path) / "export" / CONNECTOR_FILE):
+        if candidate.is_file():
+            return load_file(candidate)
+    if part == "layers":
+        return dict(load_language_model(path, torch.float32).state_dict())
+    raise MissingFileError(
+        f"model.connector.init.{part}: no {CONNECTOR_FILE} at {path} or {path}/export; give a finished run or its export"
+    )

@@ -1,0 +1,212 @@
+"""Chat templates rendered into segments, so that labels come from the template itself.
+
+A template is Jinja, in the dialect of transformers' chat templates: what the model is to say stands between
+``{% generation %}`` and ``{% endgeneration %}``, an image is the text ``<image>``. Rendering gives a list of
+segments, each supervised or not; they are tokenised one by one, in training and at inference alike. So labels need
+no counting, the ids of a prompt are the same in both, and no text of a user can pose as an image, an end-of-text
+token or a turn: such strings are carried through the template as placeholders and come back as plain text.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from vlmamba.errors import ConfigError, DataError
+from vlmamba.registry import close_matches
+
+Message = Mapping[str, Any]
+
+IMAGE_TOKEN = "<image>"
+
+# Unicode noncharacters, set aside for internal use by the Unicode standard (section 23.7); text may not contain them.
+_START, _END, _LITERAL = "\ufdd0", "\ufdd1", 0xFDD2
+_NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
+_MAX_LITERALS = 0xFDF0 - _LITERAL
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a segment that is tokenised on its own.
+
+    Attributes:
+        kind: "text" (special tokens count), "literal" (text of a user that only looks like a special token) or
+            "image" (one image).
+        text: The text; empty for an image.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a rendered conversation that is supervised as a whole, or not at all."""
+
+    pieces: tuple[Piece, ...]
+    supervised: bool
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %} ... {% endgeneration %}``: puts marks around what the model is to say."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Any) -> str:
+        return _START + caller() + _END
+
+
+def template_names() -> list[str]:
+    """Names of the templates that come with vlmamba."""
+    folder = resources.files("vlmamba.models") / "templates"
+    return sorted(
+        entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja")
+    )
+
+
+def load_template(name: str) -> str:
+    """The Jinja text of a template that comes with vlmamba.
+
+    Raises:
+        ConfigError: There is none of that name; the message lists the names.
+    """
+    names = template_names()
+    if name not in names:
+        raise ConfigError(
+            f"unknown chat template {name!r}.{close_matches(name, names)} Known: {', '.join(names)}."
+        )
+    return (resources.files("vlmamba.models") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template)
+
+
+def render_segments(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    special_tokens: Sequence[str] = (),
+    add_generation_prompt: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[Segment]:
+    """Render a conversation into supervised and unsupervised segments.
+
+    Args:
+        template: Jinja text of the chat template.
+        messages: ``{"role", "content"}`` each; content is a string or a list of ``{"type": "image"}`` and
+            ``{"type": "text", "text": ...}``. Text is taken literally, whatever it looks like.
+        special_tokens: Strings that the tokenizer treats as special; in message text they stay plain text.
+        add_generation_prompt: End with what precedes the next answer.
+        variables: Further template variables (``eos_token``, ``bos_token``).
+
+    Returns:
+        The segments in order; empty ones are left out.
+
+    Raises:
+        DataError: The template refuses the conversation, or text holds one of Unicode's noncharacters.
+    """
+    # Longest first, so that a token which contains another one is taken whole.
+    literals = sorted({IMAGE_TOKEN, *special_tokens} - {""}, key=len, reverse=True)
+    escape = _Escaper(literals)
+    safe = [{**m, "content": escape.content(m.get("content", ""))} for m in messages]
+    try:
+        text = _compiled(template).render(
+            messages=safe, add_generation_prompt=add_generation_prompt, **dict(variables or {})
+        )
+    except jinja2.TemplateError as error:
+        roles = [m.get("role") for m in messages]
+        raise DataError(f"the chat template refuses this conversation: {error} (roles: {roles})") from error
+    segments: list[Segment] = []
+    for index, part in enumerate(text.split(_START)):
+        inside, _, outside = part.partition(_END) if index else ("", "", part)
+        segments.append(Segment(escape.pieces(inside), supervised=True))
+        segments.append(Segment(escape.pieces(outside), supervised=False))
+    return [segment for segment in segments if segment.pieces]
+
+
+class _Escaper:
+    """Carries strings of users that look like special tokens through a template."""
+
+    def __init__(self, literals: Sequence[str]) -> None:
+        self.literals = literals
+        self.used: list[str] = []
+
+    def content(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return self.text(content)
+        return [
+            {**part, "text": self.text(part["text"])} if part.get("type") == "text" else part
+            for part in content
+        ]
+
+    def text(self, text: str) -> str:
+        found = _NONCHARACTERS.intersection(text)
+        if found:
+            codes = ", ".join(f"U+{ord(c):04X}" for c in sorted(found))
+            raise DataError(
+                f"text holds Unicode noncharacters ({codes}), which are not for interchange: remove them"
+            )
+        for literal in self.literals:
+            if literal in text:
+                if literal not in self.used:
+                    if len(self.used) == _MAX_LITERALS:
+                        raise DataError(
+                            f"more than {_MAX_LITERALS} different special tokens stand in one conversation"
+                        )
+                    self.used.append(literal)
+                text = text.replace(literal, chr(_LITERAL + self.used.index(literal)))
+        return text
+
+    def pieces(self, text: str) -> tuple[Piece, ...]:
+        """Split rendered text at images (the template's) and escaped literals (the user's)."""
+        pieces: list[Piece] = []
+
+        def add_text(run: str) -> None:
+            for index, part in enumerate(run.split(IMAGE_TOKEN)):
+                if index:
+                    pieces.append(Piece("image", ""))
+                if part:
+                    pieces.append(Piece("text", part))
+
+        run: list[str] = []
+        for char in text:
+            if char in _NONCHARACTERS:
+                add_text("".join(run))
+                run = []
+                pieces.append(Piece("literal", self.used[ord(char) - _LITERAL]))
+            else:
+                run.append(char)
+        add_text("".join(run))
+        return tuple(pieces)
+
+
+def plain_text(segments: Sequence[Segment]) -> str:
+    """The rendered conversation as one string, images as ``<image>``."""
+    return "".join(
+        IMAGE_TOKEN if piece.kind == "image" else piece.text
+        for segment in segments
+        for piece in segment.pieces
+    )
