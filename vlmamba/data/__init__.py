@@ -1,0 +1,58 @@
+"""Data: sources of conversations with images, mixed, tokenised through a processor, planned, loaded.
+
+The path of a row: `sources` (file to `Sample`) -> `conversation` (its irregularities) -> `mixture` (one index
+space) -> `dataset` (tensors, bad rows replaced) -> `sampler` (plan of an epoch) -> `loader` (optimizer
+steps). Nothing here
+imports models: the processor is handed in (`vlmamba.data.types.Processor`).
+"""
+
+from __future__ import annotations
+
+from vlmamba.data.checks import CheckReport, Problem, check
+from vlmamba.data.collate import MODEL_KEYS, collate
+from vlmamba.data.conversation import Conversation, parse_row, place_images
+from vlmamba.data.dataset import VLDataset
+from vlmamba.data.downloads import download_hint
+from vlmamba.data.images import open_image, resolve_image_path
+from vlmamba.data.ledger import BadSamples
+from vlmamba.data.lengths import LengthTable, compute_lengths
+from vlmamba.data.loader import Loader, Step, build_loader
+from vlmamba.data.mixture import Mixture
+from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch
+from vlmamba.data.sources import SOURCES, LLaVASource, build_source
+from vlmamba.data.types import Encoded, ImageRef, Message, Processor, RowError, Sample, Source
+
+__all__ = [
+    "MODEL_KEYS",
+    "SOURCES",
+    "BadSamples",
+    "CheckReport",
+    "Conversation",
+    "Encoded",
+    "EpochPlan",
+    "ImageRef",
+    "LLaVASource",
+    "LengthTable",
+    "Loader",
+    "Message",
+    "Mixture",
+    "PlanSettings",
+    "Problem",
+    "Processor",
+    "RowError",
+    "Sample",
+    "Source",
+    "Step",
+    "VLDataset",
+    "build_loader",
+    "build_source",
+    "check",
+    "collate",
+    "compute_lengths",
+    "download_hint",
+    "open_image",
+    "parse_row",
+    "place_images",
+    "plan_epoch",
+    "resolve_image_path",
+]

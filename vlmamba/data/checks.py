@@ -1,0 +1,117 @@
+"""Look at every row and picture of a data set before a run does, and list what is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from vlmamba.data.images import MAX_PIXELS, open_image
+from vlmamba.data.types import RowError, Source
+from vlmamba.errors import ImageError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one row."""
+
+    source: str
+    row: int
+    where: str
+    id: str | int | None
+    kind: str
+    reason: str
+
+
+@dataclass
+class CheckReport:
+    """What `check` found.
+
+    Attributes:
+        rows: Rows looked at.
+        images: Pictures decoded.
+        problems: Rows that cannot be used.
+        events: What is repaired on the fly, name -> count (`vlmamba.data.conversation` and
+            "image_suffix_replaced").
+        examples: The first places of each event.
+    """
+
+    rows: int = 0
+    images: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    events: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row can be used."""
+        return not self.problems
+
+    def note(self, events: Sequence[str], where: str) -> None:
+        """Count repairs of a row."""
+        for event in events:
+            self.events[event] += 1
+            places = self.examples.setdefault(event, [])
+            if len(places) < 3 and where not in places:
+                places.append(where)
+
+    def text(self, limit: int = 50) -> str:
+        """The report for people."""
+        kinds = Counter(problem.kind for problem in self.problems)
+        lines = [f"{self.rows} rows, {self.images} images, {len(self.problems)} rows that cannot be used"]
+        lines += [f"  {count} {kind}" for kind, count in kinds.most_common()]
+        if self.events:
+            lines.append("repaired while reading:")
+            lines += [
+                f"  {n} {event} (e.g. {', '.join(self.examples[event])})"
+                for event, n in self.events.most_common()
+            ]
+        lines += [f"{p.where} (id {p.id!r}): {p.reason}" for p in self.problems[:limit]]
+        if len(self.problems) > limit:
+            lines.append(f"... and {len(self.problems) - limit} more")
+        return "\n".join(lines)
+
+
+def check(
+    sources: Sequence[Source] | Source,
+    *,
+    decode: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    limit: int | None = None,
+    progress: bool = False,
+) -> CheckReport:
+    """Read every row of every source and decode every picture.
+
+    Args:
+        sources: One source or several.
+        decode: False: only read the rows, open no picture.
+        max_pixels: As for the data set.
+        limit: Look at so many rows of each source only.
+        progress: Show a progress bar.
+    """
+    report = CheckReport()
+    many: Sequence[Source] = sources if isinstance(sources, list | tuple) else [sources]  # type: ignore[list-item]
+    for source in many:
+        count = len(source) if limit is None else min(limit, len(source))
+        for row in tqdm(range(count), desc=f"checking {source.name}", unit="row", disable=not progress):
+            report.rows += 1
+            _check_row(source, row, decode, max_pixels, report)
+    return report
+
+
+def _check_row(source: Source, row: int, decode: bool, max_pixels: int, report: CheckReport) -> None:
+    try:
+        sample = source[row]
+    except RowError as error:
+        report.problems.append(Problem(source.name, row, error.where, error.id, error.kind, error.reason))
+        return
+    events = list(sample.events)
+    for ref in sample.images if decode else ():
+        try:
+            open_image(ref, max_pixels=max_pixels, events=events)
+            report.images += 1
+        except ImageError as error:
+            report.problems.append(Problem(source.name, row, sample.where, sample.id, "image", str(error)))
+    report.note(events, sample.where)

@@ -1,0 +1,220 @@
+"""Random access to the rows of a JSON list or a JSON-lines file by byte offset.
+
+Only two 64-bit numbers a row stay in memory: annotations of a million rows cost 16 MB in each process, and
+worker processes share them. A JSON list is parsed once, row by row through a moving window, to find the
+offsets.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from array import array
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vlmamba.data.downloads import missing_file_message
+from vlmamba.errors import DataError, MissingFileError
+
+_CHUNK = 1 << 22
+_BLANK = " \t\n\r"
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+
+
+class RowFile:
+    """The rows of one annotation file. Rows are parsed when asked for, so a bad row is an error of that row
+    only.
+
+    Args:
+        path: ``.jsonl`` or ``.ndjson``: one row a line, blank lines skipped. Anything else: one JSON list of
+            rows.
+        hint: Where the file can be had, for the message when it is missing.
+
+    Raises:
+        MissingFileError: There is no such file.
+        DataError: The file is not a JSON list, not JSON at all, or not UTF-8.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], hint: str = "") -> None:
+        self.path = Path(path).expanduser().absolute()
+        if not self.path.is_file():
+            raise MissingFileError(missing_file_message(self.path, "the annotation file", hint))
+        self.is_lines = self.path.suffix.lower() in JSONL_SUFFIXES
+        stat = self.path.stat()
+        self.fingerprint = f"{self.path.name}:{stat.st_size}:{stat.st_mtime_ns}"
+        with self.path.open("rb") as file:
+            if self.is_lines:
+                starts, ends, lines = _index_lines(file, self.path)
+                self._lines: np.ndarray | None = np.frombuffer(lines, dtype=np.int64)
+            else:
+                starts, ends = _ListIndexer(file, self.path).run()
+                self._lines = None
+        self._starts = np.frombuffer(starts, dtype=np.int64)
+        self._ends = np.frombuffer(ends, dtype=np.int64)
+        self._handle: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, row: int) -> str:
+        """The place of a row: ``file:line`` (from 1) for JSON lines, ``file:row n`` (from 0) for a list."""
+        if self._lines is not None:
+            return f"{self.path}:{int(self._lines[row])}"
+        return f"{self.path}:row {row}"
+
+    def __getitem__(self, row: int) -> Any:
+        """The parsed row.
+
+        Raises:
+            DataError: The row is not valid JSON; the message has no place (see `where`).
+        """
+        start, end = int(self._starts[row]), int(self._ends[row])
+        raw = os.pread(self._descriptor(), end - start, start)
+        try:
+            return json.loads(raw)
+        except ValueError as error:
+            hint = "" if self.is_lines else " The file has changed since it was indexed; start again."
+            raise DataError(f"the row is not valid JSON: {error}.{hint}") from error
+
+    def _descriptor(self) -> int:
+        """A file descriptor of this very process (forked workers must not inherit one that may be closed)."""
+        if self._handle is None or self._handle[0] != os.getpid():
+            try:
+                self._handle = (os.getpid(), os.open(self.path, os.O_RDONLY))
+            except OSError as error:
+                raise MissingFileError(
+                    f"the annotation file {self.path} cannot be read any more: {error}"
+                ) from error
+        return self._handle[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def __del__(self) -> None:
+        handle = getattr(self, "_handle", None)
+        if handle is not None and handle[0] == os.getpid():
+            os.close(handle[1])
+
+
+def _index_lines(file: BinaryIO, path: Path) -> tuple[array[int], array[int], array[int]]:
+    starts, ends, lines = array("q"), array("q"), array("q")
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        begin = offset
+        offset += len(line)
+        if number == 1 and line.startswith(codecs.BOM_UTF8):
+            begin, line = begin + 3, line[3:]
+        if not line.strip():
+            continue
+        if not starts and line.lstrip().startswith(b"["):
+            raise DataError(
+                f"{path} is named as JSON lines but holds a JSON list. Rename it to {path.stem}.json."
+            )
+        starts.append(begin)
+        ends.append(offset)
+        lines.append(number)
+    return starts, ends, lines
+
+
+class _ListIndexer:
+    """Finds where each element of a top-level JSON list begins and ends, in bytes."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.scan = json.JSONDecoder().raw_decode
+        self.text = ""
+        self.at = 0  # position in self.text
+        bom = file.read(3) == codecs.BOM_UTF8
+        self.byte = 3 if bom else 0  # position in the file
+        file.seek(0)
+        self.ended = False
+        self.grow = _CHUNK
+        self.starts, self.ends = array("q"), array("q")
+
+    def run(self) -> tuple[array[int], array[int]]:
+        self.more()
+        first = self.peek()
+        if first != "[":
+            self.reject(first)
+        self.advance(self.at + 1)
+        if self.peek() == "]":
+            return self.starts, self.ends
+        while True:
+            self.peek()
+            end = self.element()
+            self.starts.append(self.byte)
+            self.advance(end)
+            self.ends.append(self.byte)
+            token = self.peek()
+            if token == "]":
+                return self.starts, self.ends
+            if token != ",":
+                self.fail(
+                    f"expected ',' or ']' and found {token!r}" if token else "the file ends inside the list"
+                )
+            self.advance(self.at + 1)
+
+    def element(self) -> int:
+        """The end of the element that begins here, in the window."""
+        self.grow = _CHUNK
+        while True:
+            try:
+                _, end = self.scan(self.text, self.at)
+                if end < len(self.text) or self.ended:
+                    return int(end)
+            except (ValueError, RecursionError) as error:
+                if self.ended:
+                    message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                    self.fail(message)
+            self.more()
+
+    def more(self) -> None:
+        raw = self.file.read(self.grow)
+        self.grow *= 2
+        self.ended = not raw
+        try:
+            self.text = self.text[self.at :] + self.decoder.decode(raw, final=self.ended)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is not UTF-8 text near row {len(self.starts)}: {error}.") from error
+        self.at = 0
+
+    def advance(self, to: int) -> None:
+        passed = self.text[self.at : to]
+        self.byte += len(passed) if passed.isascii() else len(passed.encode("utf-8"))
+        self.at = to
+
+    def peek(self) -> str:
+        """The next character that is not blank ('' at the end of the file); moves to it."""
+        while True:
+            to = self.at
+            while to < len(self.text) and self.text[to] in _BLANK:
+                to += 1
+            self.advance(to)
+            if to < len(self.text):
+                return self.text[to]
+            if self.ended:
+                return ""
+            self.grow = _CHUNK
+            self.more()
+
+    def fail(self, message: str) -> None:
+        raise DataError(
+            f"{self.path} is not a valid JSON list: at row {len(self.starts)} (byte {self.byte}): {message}. "
+            "It may have been cut off while downloading; compare its size with the original."
+        )
+
+    def reject(self, first: str) -> None:
+        if not first:
+            raise DataError(f"{self.path} is empty; expected a JSON list of rows.")
+        if first == "{":
+            raise DataError(
+                f"{self.path} holds a JSON object, not a list of rows. Give a list [{{...}}, ...], or, if "
+                f"each line of the file is a row, rename it to {self.path.stem}.jsonl."
+            )
+        raise DataError(
+            f"{self.path} is not a JSON list of rows: it begins with {self.text[self.at : self.at + 20]!r}."
+        )

@@ -1,0 +1,244 @@
+"""Optimizer steps as they come to the training loop: planned, loaded by workers, accounted, resumable."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vlmamba.data.collate import collate
+from vlmamba.data.dataset import VLDataset
+from vlmamba.data.ledger import BadSamples
+from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch
+from vlmamba.data.types import Batch
+from vlmamba.errors import ConfigError, DataError, VLMambaError
+
+if TYPE_CHECKING:
+    from vlmamba.data.lengths import LengthTable
+
+_FAILURE = "_failure"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of this rank.
+
+    Attributes:
+        epoch: Number of the epoch.
+        index: Number of the step within the epoch.
+        micro_batches: Batches of `vlmamba.data.collate.collate`.
+        num_samples, num_supervised, num_tokens, num_padding: Sums over the micro-batches; `num_supervised` is
+            what the loss is divided by (after summing over ranks).
+        events: What happened to rows, name -> count.
+    """
+
+    epoch: int
+    index: int
+    micro_batches: list[Batch]
+    num_samples: int = field(init=False)
+    num_supervised: int = field(init=False)
+    num_tokens: int = field(init=False)
+    num_padding: int = field(init=False)
+    events: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_supervised", "num_tokens", "num_padding"):
+            object.__setattr__(self, name, sum(batch[name] for batch in self.micro_batches))
+        events: Counter[str] = Counter()
+        for batch in self.micro_batches:
+            events.update(batch["events"])
+        object.__setattr__(self, "events", dict(events))
+
+
+class Loader:
+    """Iterates over the optimizer steps of one epoch, from the current position to the end of the epoch.
+
+    ``for step in loader`` goes on where the loader stands; after the last step the position is the start of
+    the next epoch. `state_dict`, taken while a step is being worked on, counts that step as done. No global
+    random state is used: neither workers nor their number change what comes.
+
+    Args:
+        dataset: The data set.
+        settings: How epochs are divided.
+        lengths: Lengths of the rows; needed for token budgets and grouping. Their bad rows are left out and
+            entered in the account at once.
+        bad_samples: The account of bad rows (default: a new one with the default budget).
+        rank, world_size: Which share of each step this process loads.
+        num_workers, prefetch_factor, pin_memory, persistent_workers, timeout: As for torch's DataLoader; the
+            prefetch factor counts micro-batches.
+        pad_to_multiple_of: See `collate`.
+    """
+
+    def __init__(
+        self,
+        dataset: VLDataset,
+        settings: PlanSettings,
+        *,
+        lengths: LengthTable | None = None,
+        bad_samples: BadSamples | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        prefetch_factor: int = 4,
+        pin_memory: bool = False,
+        persistent_workers: bool = True,
+        timeout: float = 0.0,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of {world_size} ranks")
+        self.dataset, self.settings, self.lengths = dataset, settings, lengths
+        self.rank, self.world_size = rank, world_size
+        self.bad_samples = bad_samples if bad_samples is not None else BadSamples(len(dataset))
+        self.epoch = 0
+        self.position = 0
+        self._plan: tuple[int, EpochPlan] | None = None
+        if lengths is not None:
+            dataset.use_lengths(lengths.lengths, lengths.num_images)
+            self.bad_samples.add(lengths.problems(dataset))
+        self._indices = _MicroBatchIndices(self)
+        self._loader: DataLoader[Batch] = DataLoader(
+            _MicroBatches(dataset, pad_to_multiple_of),
+            batch_size=None,
+            sampler=self._indices,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            persistent_workers=persistent_workers and num_workers > 0,
+            timeout=timeout,
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
+
+    @property
+    def plan(self) -> EpochPlan:
+        """The plan of the current epoch."""
+        return self.plan_of(self.epoch)
+
+    def plan_of(self, epoch: int) -> EpochPlan:
+        """The plan of any epoch (the last one asked for is kept).
+
+        Raises:
+            DataError: Not one step can be made of the rows.
+        """
+        if self._plan is None or self._plan[0] != epoch:
+            table = self.lengths
+            plan = plan_epoch(
+                self.dataset.mixture.epoch_indices(epoch),
+                self.settings,
+                epoch,
+                lengths=None if table is None else table.lengths,
+                has_image=None if table is None else table.num_images > 0,
+            )
+            if not len(plan):
+                rows = len(self.dataset)
+                raise DataError(
+                    f"no step can be made of {rows} rows ({plan.num_dropped} left out by drop_last); "
+                    "make the steps smaller, or set drop_last to false"
+                )
+            self._plan = (epoch, plan)
+        return self._plan[1]
+
+    def __len__(self) -> int:
+        """Steps of the current epoch, done ones included."""
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left of the current epoch.
+
+        Raises:
+            DataError: The budget of bad rows is used up, or a row and all its replacements are bad.
+        """
+        epoch, plan = self.epoch, self.plan
+        batches = iter(self._loader)
+        for index in range(self.position, len(plan)):
+            count = len(plan.step(index, rank=self.rank, world_size=self.world_size))
+            micro_batches = [self._received(next(batches)) for _ in range(count)]
+            self.position = index + 1
+            yield Step(epoch, index, micro_batches)
+        self.epoch, self.position = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, and the account of bad rows."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "plan": self.plan.fingerprint,
+            "bad_samples": self.bad_samples.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, on any number of ranks.
+
+        Raises:
+            DataError: Rows, lengths, seed or the size of a step are not those of the state.
+        """
+        plan = self.plan_of(int(state["epoch"]))
+        if plan.fingerprint != state["plan"]:
+            raise DataError(
+                f"the data is not what the checkpoint was made with: the plan of epoch {state['epoch']} "
+                f"is {plan.fingerprint} and was {state['plan']}. Use the same annotation files, max_length, "
+                "seed, weights, grouping and step size; to train on other data, start from the weights instead"
+            )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self.bad_samples.load_state_dict(state["bad_samples"])
+
+    def _received(self, batch: Batch) -> Batch:
+        if _FAILURE in batch:
+            raise batch[_FAILURE]
+        self.bad_samples.add(batch["bad_samples"])
+        return batch
+
+
+def build_loader(
+    dataset: VLDataset,
+    settings: PlanSettings,
+    *,
+    lengths: LengthTable | None = None,
+    max_bad_fraction: float = 0.001,
+    bad_samples_path: Path | None = None,
+    **options: Any,
+) -> Loader:
+    """A `Loader` with an account of bad rows.
+
+    Args:
+        dataset: The data set.
+        settings: How epochs are divided.
+        lengths: Lengths of its rows (`vlmamba.data.lengths.compute_lengths`).
+        max_bad_fraction: Budget of bad rows, see `BadSamples`.
+        bad_samples_path: Where they are listed, or None.
+        options: All else that `Loader` takes.
+    """
+    account = BadSamples(len(dataset), max_bad_fraction, bad_samples_path)
+    return Loader(dataset, settings, lengths=lengths, bad_samples=account, **options)
+
+
+class _MicroBatchIndices(Sampler[list[int]]):
+    """The row numbers of each micro-batch from the loader's position on (read anew by each iteration)."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        loader = self.loader
+        for step in loader.plan.steps(loader.position, rank=loader.rank, world_size=loader.world_size):
+            yield from step
+
+
+class _MicroBatches(Dataset[Batch]):
+    """Row numbers to a collated batch, inside a worker. Users' errors come back as values, unwrapped."""
+
+    def __init__(self, dataset: VLDataset, pad_to_multiple_of: int) -> None:
+        self.dataset, self.pad_to_multiple_of = dataset, pad_to_multiple_of
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        try:
+            items = [self.dataset[index] for index in indices]
+        except VLMambaError as error:
+            error.__cause__ = error.__context__ = None
+            return {_FAILURE: error}
+        return collate(items, self.dataset.processor.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)

@@ -1,0 +1,109 @@
+"""Where rows come from. `LLaVASource` reads LLaVA's files; others implement `vlmamba.data.types.Source`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vlmamba.data.conversation import OrphanTokens, parse_row
+from vlmamba.data.downloads import missing_file_message
+from vlmamba.data.images import resolve_image_path
+from vlmamba.data.index import RowFile
+from vlmamba.data.types import RowError, Sample, Source
+from vlmamba.errors import DataError, ImageError, MissingFileError
+from vlmamba.registry import Registry
+
+SOURCES: Registry[type] = Registry("data source")
+SOURCES.add("llava", "vlmamba.data.sources:LLaVASource")
+
+
+class LLaVASource:
+    """A LLaVA annotation file (a JSON list, or JSON lines) and the folder its image paths are relative to.
+
+    Rows are ``{"id": ..., "image": path | [paths] | absent, "conversations": [...]}``; other keys are
+    ignored. Rows stay on disk and are checked when asked for; image files are named here and opened by the
+    dataset.
+
+    Args:
+        annotations: The annotation file.
+        image_root: The folder of the images; may be left out when no row has an image.
+        name: A name for logs (default: the file's stem).
+        orphan_tokens: See `vlmamba.data.conversation.parse_row`.
+        allow_symlinks: See `vlmamba.data.images.resolve_image_path`.
+        hint: Where the files can be had, for the message when they are missing.
+
+    Raises:
+        MissingFileError: The annotation file or the image root is not there.
+        DataError: The file is not a list of rows.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str],
+        image_root: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        orphan_tokens: OrphanTokens = "reject",
+        allow_symlinks: bool = True,
+        hint: str = "",
+    ) -> None:
+        self.rows = RowFile(annotations, hint)
+        self.name = name or self.rows.path.stem
+        self.image_root = None if image_root is None else Path(image_root).expanduser().absolute()
+        if self.image_root is not None and not self.image_root.is_dir():
+            raise MissingFileError(missing_file_message(self.image_root, "the image root", hint))
+        self.orphan_tokens: OrphanTokens = orphan_tokens
+        self.allow_symlinks = allow_symlinks
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the annotation file, or how its rows are read, changes."""
+        return f"llava:{self.rows.fingerprint}:{self.orphan_tokens}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Sample:
+        """Row number `row`.
+
+        Raises:
+            RowError: The row is wrong; the message has the file, the row or line, the id and what is wrong.
+        """
+        if not 0 <= row < len(self.rows):
+            raise IndexError(f"row {row} of {self.name}, which has {len(self.rows)}")
+        where = self.rows.where(row)
+        row_id = None
+        try:
+            data = self.rows[row]
+            row_id = data.get("id") if isinstance(data, dict) else None
+            row_id = row_id if isinstance(row_id, str | int) else None
+            conversation = parse_row(data, orphan_tokens=self.orphan_tokens)
+            paths = tuple(self._resolve(name) for name in conversation.images)
+        except RowError as error:
+            raise RowError(error.reason, where, row_id, error.kind) from None
+        except ImageError as error:
+            raise RowError(str(error), where, row_id, "image") from error
+        except DataError as error:
+            raise RowError(str(error), where, row_id) from error
+        return Sample(row_id, conversation.messages, paths, self.name, row, where, conversation.events)
+
+    def _resolve(self, name: str) -> Path:
+        if self.image_root is None:
+            raise ImageError(f"the row names the image {name!r} but the source has no image_root; set it")
+        return resolve_image_path(self.image_root, name, allow_symlinks=self.allow_symlinks)
+
+
+def source_fingerprint(source: Source) -> str | None:
+    """The fingerprint of a source, or None when it has none (its lengths are then not cached)."""
+    value = getattr(source, "fingerprint", None)
+    return value if isinstance(value, str) else None
+
+
+def build_source(kind: str = "llava", **options: object) -> Source:
+    """A source by the name of its kind ("llava") and its constructor's options.
+
+    Raises:
+        ConfigError: The kind is unknown.
+    """
+    source: Source = SOURCES.get(kind)(**options)
+    return source

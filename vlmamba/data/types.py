@@ -1,0 +1,132 @@
+"""What the parts of the data pipeline hand to one another: samples, sources, the processor, row errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+
+from vlmamba.errors import DataError
+
+Message = dict[str, Any]
+"""``{"role": "system"|"user"|"assistant", "content": [{"type": "image"} | {"type": "text", "text": str},
+...]}``."""
+
+ImageRef = Path | bytes | Image.Image
+"""An image as a source names it: a file, the bytes of a file, or a picture already open."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a source, read but not yet tokenised; images are named, not decoded.
+
+    Attributes:
+        id: The row's own id, opaque (str or int; None when the row has none).
+        messages: The turns; image parts stand where their pictures belong, in the order of `images`.
+        images: One reference for each image part.
+        source: Name of the source.
+        row: Index within the source.
+        where: File and row or line, for messages.
+        events: What was repaired while reading, one name an event (see `vlmamba.data.conversation`).
+    """
+
+    id: str | int | None
+    messages: list[Message]
+    images: tuple[ImageRef, ...]
+    source: str
+    row: int
+    where: str = ""
+    events: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to rows. A new kind of storage is one class with these three members.
+
+    A source may also have ``fingerprint: str``, which changes when its rows change; only then are the lengths
+    of its rows cached (see `vlmamba.data.lengths`). `__getitem__` raises `RowError` for a row that cannot be
+    used.
+    """
+
+    @property
+    def name(self) -> str:
+        """A short name for logs."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Sample: ...
+
+
+class Encoded(Protocol):
+    """A tokenised conversation: ids (an image is a run of image tokens), labels (-100 = not supervised)."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...  # noqa: D102
+
+    @property
+    def labels(self) -> Sequence[int]: ...  # noqa: D102
+
+    @property
+    def num_images(self) -> int: ...  # noqa: D102
+
+
+class Processor(Protocol):
+    """The part of `vlmamba.models.VLMambaProcessor` that data needs."""
+
+    @property
+    def num_image_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def pad_token_id(self) -> int: ...  # noqa: D102
+
+    @property
+    def image_token_id(self) -> int: ...  # noqa: D102
+
+    @property
+    def image_processor(self) -> Any:
+        """``image_processor(images) -> {"pixel_values": (n, C, S, S)}``."""
+        ...
+
+    def encode_messages(self, messages: list[Message], add_generation_prompt: bool = False) -> Encoded: ...  # noqa: D102
+
+
+class RowError(DataError):
+    """A row that cannot be used, with its place and id.
+
+    Args:
+        reason: What is wrong and what to do.
+        where: File and row or line.
+        id: The row's id.
+        kind: A short name for counters: "shape", "image", "image_count", "token_without_image", "too_long".
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        where: str = "",
+        id: str | int | None = None,  # noqa: A002
+        kind: str = "shape",
+    ) -> None:
+        self.reason, self.where, self.id, self.kind = reason, where, id, kind
+        place = f"{where} (id {id!r})" if id is not None else where
+        super().__init__(f"{place}: {reason}" if place else reason)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.where, self.id, self.kind)
+
+
+Item = dict[str, Any]
+"""One element of a dataset: see `vlmamba.data.dataset.VLDataset.__getitem__`."""
+
+Batch = dict[str, Any]
+"""One micro-batch: see `vlmamba.data.collate.collate`."""
+
+
+def as_long(values: Sequence[int]) -> torch.Tensor:
+    """A 1-D int64 tensor."""
+    return torch.tensor(list(values), dtype=torch.long)
