@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlmamba.errors import ConfigError
+from vlmamba.models.vision.base import VisionEncoder
 from vlmamba.registry import Registry
 
 if TYPE_CHECKING:
     import torch
-
-    from vlmamba.models.vision.base import VisionEncoder
 
 encoders: Registry[type[VisionEncoder]] = Registry("vision encoder")
 encoders.add("siglip", "vlmamba.models.vision.siglip:SiglipEncoder")
@@ -95,4 +94,4 @@ def load_vision_encoder(
     )
 
 
-__all__ = ["build_vision_encoder", "encoders", "load_vision_encoder"]
+__all__ = ["VisionEncoder", "build_vision_encoder", "encoders", "load_vision_encoder"]
