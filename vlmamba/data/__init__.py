@@ -8,7 +8,7 @@ imports models: the processor is handed in (`vlmamba.data.types.Processor`).
 
 from __future__ import annotations
 
-from vlmamba.data.checks import CheckReport, Problem, check
+from vlmamba.data.checks import CheckReport, Problem, check, missing_folders
 from vlmamba.data.collate import MODEL_KEYS, collate
 from vlmamba.data.conversation import Conversation, parse_row, place_images
 from vlmamba.data.dataset import VLDataset
@@ -50,6 +50,7 @@ __all__ = [
     "collate",
     "compute_lengths",
     "download_hint",
+    "missing_folders",
     "open_image",
     "parse_row",
     "place_images",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+from vlmamba.data.downloads import download_hint
 from vlmamba.data.images import MAX_PIXELS, open_image
 from vlmamba.data.types import RowError, Source
 from vlmamba.errors import ImageError
@@ -99,6 +102,23 @@ def check(
             report.rows += 1
             _check_row(source, row, decode, max_pixels, report)
     return report
+
+
+def missing_folders(source: Source, *, rows: int = 2000) -> dict[Path, str | None]:
+    """Folders that rows name images in and that are not there, with where they can be had.
+
+    Args:
+        source: The source.
+        rows: How many rows to look at, evenly spread.
+    """
+    folders: set[Path] = set()
+    for row in np.unique(np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int)):
+        try:
+            sample = source[int(row)]
+        except RowError:
+            continue
+        folders.update(ref.parent for ref in sample.images if isinstance(ref, Path))
+    return {folder: download_hint(folder) for folder in sorted(folders) if not folder.is_dir()}
 
 
 def _check_row(source: Source, row: int, decode: bool, max_pixels: int, report: CheckReport) -> None:

@@ -21,7 +21,7 @@ def collate(items: Sequence[Item], pad_token_id: int, *, pad_to_multiple_of: int
     """Pad and join.
 
     Args:
-        items: Elements of `VLDataset`.
+        items: Elements of `VLDataset`. One with a true ``filler`` has no label and is counted as padding.
         pad_token_id: What fills `input_ids`; masks come from lengths, so it may equal any real token.
         pad_to_multiple_of: Round the padded length up.
 
@@ -44,18 +44,20 @@ def collate(items: Sequence[Item], pad_token_id: int, *, pad_to_multiple_of: int
     batch: Batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
+    real = [not item.get("filler", False) for item in items]
+    num_tokens = sum(length for length, counts in zip(lengths, real, strict=True) if counts)
     events: Counter[str] = Counter()
-    for item in items:
-        events.update(item.get("events", {}))
+    for item, counts in zip(items, real, strict=True):
+        events.update(item.get("events", {}) if counts else {})
     batch.update(
         num_images=[0 if item["pixel_values"] is None else len(item["pixel_values"]) for item in items],
         ids=[item["id"] for item in items],
         sources=[item.get("source", "") for item in items],
         wheres=[item.get("where", "") for item in items],
-        num_samples=len(items),
+        num_samples=sum(real),
         num_supervised=int((labels[:, 1:] != IGNORE).sum()),
-        num_tokens=sum(lengths),
-        num_padding=len(items) * width - sum(lengths),
+        num_tokens=num_tokens,
+        num_padding=len(items) * width - num_tokens,
         bad_samples=[record for item in items for record in item.get("bad", [])],
         events=dict(events),
     )

@@ -7,7 +7,7 @@ image and text parts.
 Events (names in `Conversation.events`, one entry an occurrence):
     image_without_token       the row has images but no ``<image>``: they are put before the first question
     token_without_image       ``<image>`` without an image was taken out (``orphan_tokens="strip"``)
-    escaped_literal_image     ``<image>`` that is text (in an answer, amid a sentence without image) stays text
+    escaped_literal_image     ``<image>`` that is text (an answer, amid a sentence without image) stays text
     leading_gpt_dropped       the row began with an answer
     trailing_human_dropped    the row ended with a question
     consecutive_turns_merged  two turns of one speaker in a row were joined by a newline

@@ -136,7 +136,8 @@ class VLDataset(Dataset[Item]):
             return item
         reasons = "\n".join(f"  {r['where']} (id {r['id']!r}): {r['reason']}" for r in bad[:5])
         raise DataError(
-            f"row {index} and {len(bad) - 1} replacements cannot be used. The first of them:\n{reasons}"
+            f"row {index} and {len(bad) - 1} replacements cannot be used. The first of them:\n{reasons}\n"
+            "Repair the data; `vlmamba data check` lists every problem."
         )
 
     def sample(self, index: int) -> Sample:

@@ -27,6 +27,7 @@ from vlmamba.errors import ImageError
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 SIBLING_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 MAX_PIXELS = 89_478_485  # Pillow's own default limit: a quarter of a gigabyte as RGB
+MAX_BYTES = 1 << 28
 MAX_SIDE = 16_384  # padding to a square would make a thin strip a bomb
 
 _DECODE_ERRORS = (
@@ -98,12 +99,12 @@ def find_image(path: Path) -> Path:
     Raises:
         ImageError: There is no such file; the message says where its folder can be had.
     """
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 (Path.exists raises for names that are too long)
         return path
     for suffix in SIBLING_SUFFIXES:
         for spelled in (suffix, suffix.upper()):
             sibling = path.with_suffix(spelled)
-            if sibling.exists():
+            if os.path.exists(sibling):  # noqa: PTH110
                 return sibling
     if path.parent.is_dir():
         raise ImageError(f"image {path} does not exist (nor with another of {', '.join(SIBLING_SUFFIXES)})")
@@ -148,8 +149,11 @@ def open_image(
     if path != ref and events is not None:
         events.append("image_suffix_replaced")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise ImageError(f"image {path} is not a file")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(f"image {path} has {status.st_size} bytes; the limit is {MAX_BYTES}")
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"image {path} cannot be read: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ import json
 import os
 from array import array
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class RowFile:
         raw = os.pread(self._descriptor(), end - start, start)
         try:
             return json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             hint = "" if self.is_lines else " The file has changed since it was indexed; start again."
             raise DataError(f"the row is not valid JSON: {error}.{hint}") from error
 
@@ -142,7 +142,7 @@ class _ListIndexer:
             self.reject(first)
         self.advance(self.at + 1)
         if self.peek() == "]":
-            return self.starts, self.ends
+            return self.close()
         while True:
             self.peek()
             end = self.element()
@@ -151,12 +151,18 @@ class _ListIndexer:
             self.ends.append(self.byte)
             token = self.peek()
             if token == "]":
-                return self.starts, self.ends
+                return self.close()
             if token != ",":
                 self.fail(
                     f"expected ',' or ']' and found {token!r}" if token else "the file ends inside the list"
                 )
             self.advance(self.at + 1)
+
+    def close(self) -> tuple[array[int], array[int]]:
+        self.advance(self.at + 1)
+        if self.peek():
+            self.fail(f"the list is closed and then follows {self.text[self.at : self.at + 20]!r}")
+        return self.starts, self.ends
 
     def element(self) -> int:
         """The end of the element that begins here, in the window."""
@@ -201,13 +207,13 @@ class _ListIndexer:
             self.grow = _CHUNK
             self.more()
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str) -> NoReturn:
         raise DataError(
             f"{self.path} is not a valid JSON list: at row {len(self.starts)} (byte {self.byte}): {message}. "
             "It may have been cut off while downloading; compare its size with the original."
         )
 
-    def reject(self, first: str) -> None:
+    def reject(self, first: str) -> NoReturn:
         if not first:
             raise DataError(f"{self.path} is empty; expected a JSON list of rows.")
         if first == "{":

@@ -35,6 +35,7 @@ class BadSamples:
         self.allowed = max(int(max_bad_fraction * total_rows), free)
         self.records: dict[int, dict[str, Any]] = {}
         self.kinds: Counter[str] = Counter()
+        self._listed = _listed(path)
 
     @property
     def count(self) -> int:
@@ -61,10 +62,11 @@ class BadSamples:
                 self.records[record["index"]] = dict(record)
                 self.kinds[record["kind"]] += 1
                 new.append(record)
-        if new and self.path is not None:
+        unlisted = [record for record in new if record["index"] not in self._listed]
+        if unlisted and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dict(record), ensure_ascii=False) + "\n" for record in new)
+                file.writelines(json.dumps(dict(record)) + "\n" for record in unlisted)
         if new and self.charged > self.allowed:
             raise DataError(self.message())
         return len(new)
@@ -90,3 +92,16 @@ class BadSamples:
         """Go on from an account (nothing is written to the file again)."""
         self.records = {int(r["index"]): dict(r) for r in state["records"]}
         self.kinds = Counter(r["kind"] for r in self.records.values())
+
+
+def _listed(path: Path | None) -> set[int]:
+    """The rows that the file lists already (a resumed run goes on with it); half a line does not count."""
+    if path is None or not path.is_file():
+        return set()
+    found = set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found.add(int(json.loads(line)["index"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlmamba.data.collate import collate
-from vlmamba.data.dataset import VLDataset
+from vlmamba.data.dataset import IGNORE, VLDataset
 from vlmamba.data.ledger import BadSamples
-from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch
-from vlmamba.data.types import Batch
+from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch, row_of
+from vlmamba.data.types import Batch, Item
 from vlmamba.errors import ConfigError, DataError, VLMambaError
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Loader:
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=persistent_workers and num_workers > 0,
             timeout=timeout,
+            collate_fn=_as_is,
             generator=torch.Generator().manual_seed(settings.seed),
         )
 
@@ -180,9 +181,10 @@ class Loader:
         plan = self.plan_of(int(state["epoch"]))
         if plan.fingerprint != state["plan"]:
             raise DataError(
-                f"the data is not what the checkpoint was made with: the plan of epoch {state['epoch']} "
-                f"is {plan.fingerprint} and was {state['plan']}. Use the same annotation files, max_length, "
-                "seed, weights, grouping and step size; to train on other data, start from the weights instead"
+                f"the data is not what the checkpoint was made with: the plan of epoch {state['epoch']} is "
+                f"{plan.fingerprint} and was {state['plan']}. Use the same annotation files, weights, "
+                "max_length, seed, grouping and step size; to train on other data, start from the model's "
+                "weights instead of resuming."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self.bad_samples.load_state_dict(state["bad_samples"])
@@ -237,8 +239,19 @@ class _MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, indices: list[int]) -> Batch:
         try:
-            items = [self.dataset[index] for index in indices]
+            items = [self._item(index) for index in indices]
         except VLMambaError as error:
             error.__cause__ = error.__context__ = None
             return {_FAILURE: error}
         return collate(items, self.dataset.processor.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+
+    def _item(self, index: int) -> Item:
+        item = self.dataset[row_of(index)]
+        if index < 0:
+            item["labels"] = torch.full_like(item["labels"], IGNORE)
+            item["filler"] = True
+        return item
+
+
+def _as_is(batch: Any) -> Any:  # noqa: ANN401
+    return batch

@@ -34,8 +34,7 @@ class PlanSettings:
             row).
         grouping: "random"; "length": the rows of a step are similarly long; "modality_length": and all
             with images or all without (but for the one step that takes what is left over).
-        drop_last: Leave out the rows that do not fill a last step. Otherwise the last step is smaller; if it
-            has fewer rows than there are ranks, rows are repeated in it.
+        drop_last: Leave out the rows that do not fill a last step. Otherwise the last step is smaller.
         seed: Of the shuffling.
     """
 
@@ -100,7 +99,11 @@ class EpochPlan:
         return self.rows[self.bounds[step] : self.bounds[step + 1]]
 
     def step(self, step: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-        """The micro-batches of a step for one rank: equally many for all, of similar size at each place."""
+        """The micro-batches of a step for one rank: equally many for all, of similar size at each place.
+
+        A negative number is a filler, for a rank without work: row ``row_of(number)``, of which no
+        token is supervised; so the loss of a step is the same on any number of ranks.
+        """
         micros = _divide(self.step_rows(step), self.lengths, self.settings, world_size)
         return micros[rank::world_size]
 
@@ -114,10 +117,15 @@ class EpochPlan:
         padded = real = 0
         for step in range(len(self)):
             for micro in _divide(self.step_rows(step), self.lengths, self.settings, world_size):
-                sizes = self.lengths[micro]
+                sizes = self.lengths[[row_of(number) for number in micro]]
                 padded += int(sizes.max()) * len(micro)
-                real += int(sizes.sum())
+                real += int(sum(size for size, number in zip(sizes, micro, strict=True) if number >= 0))
         return 1.0 - real / padded if padded else 0.0
+
+
+def row_of(number: int) -> int:
+    """The row that a number of a micro-batch means (see `EpochPlan.step`)."""
+    return number if number >= 0 else -number - 1
 
 
 def plan_epoch(
@@ -162,8 +170,10 @@ def plan_epoch(
     dropped = len(indices) - sum(len(step) for step in steps)
     steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
     if steps:  # out of memory shows in the first step, not after hours
-        peak = [_peak(step, lengths, settings) for step in steps]
-        steps.insert(0, steps.pop(int(np.argmax(peak))))
+        worst = max(
+            range(len(steps)), key=lambda s: (int(lengths[steps[s][0]]), int(lengths[steps[s]].sum()))
+        )
+        steps.insert(0, steps.pop(worst))
     bounds = np.cumsum([0, *(len(step) for step in steps)]).astype(np.int64)
     rows = np.concatenate(steps) if steps else np.empty(0, dtype=np.int64)
     return EpochPlan(rows, bounds, lengths, settings, dropped)
@@ -235,32 +245,28 @@ def _divide(
     rows: np.ndarray, lengths: np.ndarray, settings: PlanSettings, world_size: int
 ) -> list[list[int]]:
     """Micro-batches of a step (rows sorted longest first), their number a multiple of the ranks."""
-    if len(rows) < world_size:
-        rows = np.resize(rows, world_size)
     most = settings.micro_samples or len(rows)
     if settings.micro_tokens is None:
         count = -(-len(rows) // (most * world_size)) * world_size
-        if count > len(rows):
-            rows = np.resize(rows, count)
-        return [part.tolist() for part in np.array_split(rows, count)]
-    sizes = lengths[rows]
-    micros: list[np.ndarray] = []
-    begin = 0
-    for i in range(1, len(rows) + 1):
-        if i == len(rows) or (i + 1 - begin) * sizes[begin] > settings.micro_tokens or i - begin >= most:
-            micros.append(rows[begin:i])
-            begin = i
+        micros = [part for part in np.array_split(rows, count) if len(part)]
+    else:
+        micros = _within_budget(rows, lengths, most, settings.micro_tokens)
     while len(micros) % world_size:
-        widest = max(
-            range(len(micros)), key=lambda m: (len(micros[m]) > 1, len(micros[m]) * lengths[micros[m][0]])
-        )
-        if len(micros[widest]) == 1:
-            micros.append(micros[len(micros) % world_size - 1])
-            continue
+        sizes = [len(micro) * int(lengths[micro[0]]) if len(micro) > 1 else 0 for micro in micros]
+        widest = int(np.argmax(sizes))
+        if not sizes[widest]:
+            break
         half = (len(micros[widest]) + 1) // 2
         micros[widest : widest + 1] = [micros[widest][:half], micros[widest][half:]]
-    return [micro.tolist() for micro in micros]
+    fillers = [[-int(rows[-1]) - 1]] * (-len(micros) % world_size)
+    return [micro.tolist() for micro in micros] + fillers
 
 
-def _peak(rows: np.ndarray, lengths: np.ndarray, settings: PlanSettings) -> int:
-    return max(int(lengths[micro].max()) * len(micro) for micro in _divide(rows, lengths, settings, 1))
+def _within_budget(rows: np.ndarray, lengths: np.ndarray, most: int, budget: int) -> list[np.ndarray]:
+    """Consecutive pieces of at most `most` rows and `budget` padded tokens."""
+    sizes = lengths[rows].tolist()
+    bounds = [0]
+    for i in range(1, len(rows)):
+        if (i + 1 - bounds[-1]) * sizes[bounds[-1]] > budget or i - bounds[-1] >= most:
+            bounds.append(i)
+    return [rows[a:b] for a, b in zip(bounds, [*bounds[1:], len(rows)], strict=True)]
