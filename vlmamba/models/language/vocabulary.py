@@ -63,8 +63,8 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
     if directory.is_dir() and not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise MissingFileError(
             f"{directory}: no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). The original "
-            "state-spaces/mamba checkpoints come without one: they use "
-            "EleutherAI/gpt-neox-20b's; put its tokenizer.json and tokenizer_config.json there, or name it as the tokenizer."
+            "state-spaces/mamba checkpoints come without one: they use EleutherAI/gpt-neox-20b's; put its "
+            "tokenizer.json and tokenizer_config.json there, or name it as the tokenizer."
         )
     try:
         return AutoTokenizer.from_pretrained(path, **options)
