@@ -6,14 +6,16 @@ in-place multiply-add a step, and y is a batched matrix product. Autograd saves 
 the start of each chunk; backward computes the states of a chunk again. Decays are never divided or
 accumulated in the exponent, so nothing overflows.
 
-Inside a block everything is laid out (T, B, N, D): channels innermost, so that all broadcasts vectorise.
+A block copies its part of the inputs into time-major order, (L, B, D), turned around when it scans in
+reverse; so the walk itself knows one direction only. Inside a chunk everything is laid out (T, B, N, D):
+channels innermost, so that all broadcasts vectorise.
 
-Shape legend: B batch, L length, D channels, N state size, G groups, S asked states, T steps of a chunk.
+Shape legend: B batch, L length, D channels, N state size, G groups, S asked states, T steps of a chunk. Of a
+block, B and D are its own rows and channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,8 @@ from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict, compute_dtype
 BLOCK_ELEMENTS = 32768
 """Most elements of one step of a block: ATen starts its threads above it, which costs more than a step."""
 
-CHUNK_STEPS = 16
+CHUNK_STEPS = 8
+"""T. Memory for the saved states is 1/T of all states; longer chunks fall out of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +43,30 @@ class _Block:
     group: int
     reverse: bool
 
+    def take(self, tensor: Tensor, kind: torch.dtype) -> Tensor:
+        """The block's own contiguous (L, B, D) copy of a (B, L, D) tensor, in scan direction."""
+        return self._turn(tensor[self.rows, :, self.channels].to(kind))
 
-@dataclass(slots=True)
-class _Chunk:
-    """One stretch of time of a block: which flat (T, B) places restart, and which hold asked states."""
+    def take_matrix(self, tensor: Tensor, kind: torch.dtype) -> Tensor:
+        """The block's own contiguous (L, B, N) copy of a (B, L, G, N) tensor, in scan direction."""
+        return self._turn(tensor[self.rows, :, self.group].to(kind))
 
-    start: int
-    stop: int
-    restarts: Tensor | None
-    places: Tensor | None
-    asked: tuple[Tensor, Tensor] | None
+    def put(self, target: Tensor, values: Tensor) -> None:
+        """Write (L, B, D) values in scan direction back into a (B, L, D) tensor."""
+        target[self.rows, :, self.channels] = (values.flip(0) if self.reverse else values).transpose(0, 1)
 
-    @property
-    def steps(self) -> int:
-        return self.stop - self.start
+    def add_matrix(self, target: Tensor, values: Tensor) -> None:
+        """Add (L, B, N) values in scan direction to a (B, L, G, N) tensor."""
+        target[self.rows, :, self.group] += (values.flip(0) if self.reverse else values).transpose(0, 1)
+
+    def _turn(self, part: Tensor) -> Tensor:
+        part = part.transpose(0, 1).contiguous()
+        return part.flip(0) if self.reverse else part
 
 
 def _blocks(batch: int, width: int, size: int, directions: tuple[bool, ...]) -> list[_Block]:
     """Cut rows and channels so that a step has at most BLOCK_ELEMENTS elements, rows first."""
-    pieces = -(-width * size // BLOCK_ELEMENTS)
-    channels = -(-width // pieces)
+    channels = -(-width // -(-width * size // BLOCK_ELEMENTS))
     rows = max(1, min(batch, BLOCK_ELEMENTS // (channels * size)))
     rows = -(-batch // -(-batch // rows))
     return [
@@ -75,381 +82,354 @@ def _blocks(batch: int, width: int, size: int, directions: tuple[bool, ...]) -> 
     ]
 
 
+@dataclass(slots=True)
+class _Marks:
+    """Special places of one chunk, as flat (T, B) indices."""
+
+    restarts: Tensor | None = None
+    asked: Tensor | None = None
+    row: Tensor | None = None
+    slot: Tensor | None = None
+
+
 class _Plan:
-    """The blocks of a call, and for each of them its chunks in scan order."""
+    """The blocks of a call, and where the states of each restart or are asked for."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int],
-        directions: tuple[bool, ...],
-        seq_idx: Tensor | None,
-        state_at: Tensor | None,
-    ) -> None:
-        batch, length, channels, size = shape
-        self.blocks = _blocks(batch, channels // len(directions), size, directions)
-        self.length = length
-        self.num_chunks = -(-length // CHUNK_STEPS)
-        self._starts = {}
-        if seq_idx is not None:
-            for reverse in set(directions):
-                starts = segment_starts(seq_idx, reverse=reverse).t()
-                self._starts[reverse] = starts if bool(starts.any()) else None
-        self._state_at = state_at
-        self._cache: dict[tuple[int, bool], list[_Chunk]] = {}
+    def __init__(self, call: ScanCall) -> None:
+        batch, self.length, channels = call.u.shape
+        groups = len(call.reverse)
+        self.blocks = _blocks(batch, channels // groups, call.A.shape[1], call.reverse)
+        self._starts: dict[bool, Tensor] = {}
+        self._state_at = call.state_at
+        if call.seq_idx is not None:
+            for reverse in set(call.reverse):
+                starts = segment_starts(call.seq_idx, reverse=reverse).t()
+                if bool(starts.any()):
+                    self._starts[reverse] = starts.flip(0) if reverse else starts
+        self._cache: dict[tuple[int, bool], list[_Marks]] = {}
+        self._spaces: dict[tuple[int, ...], _Space] = {}
 
-    def chunks(self, block: _Block) -> list[_Chunk]:
-        """The chunks of a block, in scan order."""
+    def space(self, x: _Inputs, *, backward: bool) -> _Space:
+        """Work space for a block; blocks of one shape share it."""
+        key = (*x.u.shape, backward)
+        if key not in self._spaces:
+            self._spaces[key] = _Space(x, backward=backward)
+        return self._spaces[key]
+
+    def free(self) -> None:
+        """Let go of the work space."""
+        self._spaces.clear()
+
+    def marks(self, block: _Block) -> list[_Marks]:
+        """The special places of each chunk of a block, in scan order."""
         key = (block.rows.start, block.reverse)
         if key not in self._cache:
-            order = range(0, self.length, CHUNK_STEPS)
-            chunks = [self._chunk(block, start) for start in order]
-            self._cache[key] = chunks[::-1] if block.reverse else chunks
+            self._cache[key] = [self._marks(block, start) for start in range(0, self.length, CHUNK_STEPS)]
         return self._cache[key]
 
-    def _chunk(self, block: _Block, start: int) -> _Chunk:
-        stop = min(start + CHUNK_STEPS, self.length)
-        restarts = places = asked = None
+    def _marks(self, block: _Block, start: int) -> _Marks:
+        marks = _Marks()
         starts = self._starts.get(block.reverse)
         if starts is not None:
-            restarts = starts[start:stop, block.rows].reshape(-1).nonzero().squeeze(1)
-            restarts = restarts if restarts.numel() else None
+            places = starts[start : start + CHUNK_STEPS, block.rows].reshape(-1).nonzero().squeeze(1)
+            marks.restarts = places if places.numel() else None
         if self._state_at is not None:
-            positions = self._state_at[block.rows]
-            row, slot = ((positions >= start) & (positions < stop)).nonzero(as_tuple=True)
+            at = self._state_at[block.rows]
+            at = (self.length - 1 - at if block.reverse else at) - start
+            row, slot = ((at >= 0) & (at < CHUNK_STEPS)).nonzero(as_tuple=True)
             if row.numel():
-                places = (positions[row, slot] - start) * positions.shape[0] + row
-                asked = (row + block.rows.start, slot)
-        return _Chunk(start, stop, restarts, places, asked)
-
-
-class _Buffers:
-    """The work space of one block shape, with its steps at hand."""
-
-    def __init__(self, like: Tensor, rows: int, size: int, width: int, names: str) -> None:
-        shape = (CHUNK_STEPS, rows, size, width)
-        self.decay = like.new_empty(shape)
-        self.states = like.new_empty((CHUNK_STEPS + 1, *shape[1:]))
-        self.decay_at = self.decay.unbind(0)
-        self.state_at = self.states.unbind(0)
-        if "g" in names:
-            self.grad = like.new_empty(shape)
-            self.grad_at = self.grad.unbind(0)
-            self.work = like.new_empty(shape)
+                marks.asked = at[row, slot] * at.shape[0] + row
+                marks.row, marks.slot = row + block.rows.start, slot
+        return marks
 
 
 class _Inputs:
-    """The inputs in the dtype of the arithmetic; B and C as (L, B, G, N), A transposed."""
+    """A block's inputs in the dtype of the arithmetic, and views of them for each chunk."""
 
-    def __init__(
-        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, softplus: bool
-    ) -> None:
-        kind = compute_dtype(u.dtype)
-        self.u = u.to(kind)
-        self.raw = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
-        self.delta = F.softplus(self.raw) if softplus else self.raw
+    def __init__(self, call: ScanCall, block: _Block) -> None:
+        kind = compute_dtype(call.u.dtype)
+        self.u = block.take(call.u, kind)
+        self.raw = block.take(call.dt, kind)
+        if call.dt_bias is not None:
+            self.raw = self.raw + call.dt_bias[block.channels].to(kind)
+        self.delta = F.softplus(self.raw) if call.dt_softplus else self.raw
         self.delta_u = self.delta * self.u
-        self.A = A.to(kind).t().contiguous()
-        self.B = B.to(kind).permute(1, 0, 2, 3).contiguous()
-        self.C = C.to(kind).permute(1, 0, 2, 3).contiguous()
+        self.A = call.A[block.channels].to(kind).t().contiguous()
+        self.B = block.take_matrix(call.B, kind)
+        self.C = block.take_matrix(call.C, kind)
+        self.delta_chunks = self.delta.unsqueeze(2).split(CHUNK_STEPS)
+        self.delta_u_chunks = self.delta_u.unsqueeze(2).split(CHUNK_STEPS)
+        self.B_columns = self.B.unsqueeze(3).split(CHUNK_STEPS)
+        self.B_rows = _flat_chunks(self.B, 1)
+        self.C_rows = _flat_chunks(self.C, 1)
 
 
-def _part(tensor: Tensor, block: _Block, chunk: _Chunk) -> Tensor:
-    """(T, B, 1, D) view of a (B, L, D) tensor."""
-    return tensor[block.rows, chunk.start : chunk.stop, block.channels].transpose(0, 1).unsqueeze(2)
+def _flat_chunks(tensor: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """Views of each chunk of an (L, B, X) tensor, (T * B, 1, X) for axis 1 or (T * B, X, 1) for axis 2."""
+    return tensor.flatten(0, 1).unsqueeze(axis).split(CHUNK_STEPS * tensor.shape[1])
 
 
-def _matrix(tensor: Tensor, block: _Block, chunk: _Chunk) -> Tensor:
-    """(T * B, 1, N) of an (L, B, G, N) tensor."""
-    part = tensor[chunk.start : chunk.stop, block.rows, block.group]
-    return part.reshape(-1, 1, part.shape[-1])
+class _Space:
+    """Work space for one chunk. `states[0]` is the state before it, `states[t + 1]` the one after step t."""
 
+    def __init__(self, x: _Inputs, *, backward: bool) -> None:
+        rows, width = x.u.shape[1:]
+        shape = (min(CHUNK_STEPS, x.u.shape[0]), rows, x.A.shape[0], width)
+        self.decay = x.u.new_empty(shape)
+        self.states = x.u.new_empty((shape[0] + 1, *shape[1:]))
+        self.decay_steps = self.decay.unbind(0)
+        self.state_steps = self.states.unbind(0)
+        if backward:
+            self.grad = x.u.new_empty(shape)
+            self.work = x.u.new_empty(shape)
+            self.grad_steps = self.grad.unbind(0)
 
-def _states_of_chunk(x: _Inputs, block: _Block, chunk: _Chunk, work: _Buffers) -> tuple[Tensor, Tensor]:
-    """Fill the decays and states of a chunk.
-
-    The state before the chunk must be in slot 0, or in slot T for a reversed block.
-
-    Returns:
-        Views of the states after, and before, each step, (T, B, N, D).
-    """
-    steps = chunk.steps
-    decay = work.decay[:steps]
-    torch.mul(_part(x.delta, block, chunk), x.A[:, block.channels], out=decay)
-    decay.exp_()
-    if chunk.restarts is not None:
-        decay.view(-1, *decay.shape[2:]).index_fill_(0, chunk.restarts, 0)
-    after = work.states[:steps] if block.reverse else work.states[1 : steps + 1]
-    before = work.states[1 : steps + 1] if block.reverse else work.states[:steps]
-    matrix = _matrix(x.B, block, chunk).view(steps, -1, x.B.shape[-1], 1)
-    torch.mul(matrix, _part(x.delta_u, block, chunk), out=after)
-    decays, states = work.decay_at, work.state_at
-    if block.reverse:
-        for t in range(steps - 1, -1, -1):
-            states[t].addcmul_(decays[t], states[t + 1])
-    else:
+    def run(self, x: _Inputs, chunk: int, restarts: Tensor | None) -> int:
+        """Fill the decays and states of a chunk, given `states[0]`; returns its number of steps."""
+        delta = x.delta_chunks[chunk]
+        steps = delta.shape[0]
+        full = steps == self.decay.shape[0]
+        decay = self.decay if full else self.decay[:steps]
+        torch.mul(delta, x.A, out=decay)
+        decay.exp_()
+        if restarts is not None:
+            decay.flatten(0, 1).index_fill_(0, restarts, 0)
+        torch.mul(x.B_columns[chunk], x.delta_u_chunks[chunk], out=self.states[1 : steps + 1])
+        decays, states = self.decay_steps, self.state_steps
         for t in range(steps):
             states[t + 1].addcmul_(decays[t], states[t])
-    return after, before
+        return steps
+
+    def run_grad(self, columns: Tensor, dy: Tensor, steps: int, marks: _Marks, asked: Tensor | None) -> None:
+        """Fill the gradients of the states of a chunk, given in `self.carry` what comes from later."""
+        grad = self.grad[:steps]
+        torch.mul(columns, dy, out=grad)
+        if asked is not None and marks.asked is not None:
+            grad.flatten(0, 1).index_add_(0, marks.asked, asked)
+        decays, grads = self.decay_steps, self.grad_steps
+        grads[steps - 1].add_(self.carry)
+        for t in range(steps - 1, 0, -1):
+            grads[t - 1].addcmul_(decays[t], grads[t])
+        torch.mul(decays[0], grads[0], out=self.carry)
+
+    carry: Tensor
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """(T * B, N, D) view of a (T, B, N, D) tensor."""
-    return tensor.view(-1, *tensor.shape[2:])
-
-
-def _buffers_for(x: _Inputs, plan: _Plan, names: str) -> Iterator[tuple[int, _Block, _Buffers]]:
-    """All blocks with work space; blocks of one shape share it."""
-    spaces: dict[tuple[int, int], _Buffers] = {}
-    for number, block in enumerate(plan.blocks):
-        rows = block.rows.stop - block.rows.start
-        width = block.channels.stop - block.channels.start
-        if (rows, width) not in spaces:
-            spaces[rows, width] = _Buffers(x.u, rows, x.A.shape[0], width, names)
-        yield number, block, spaces[rows, width]
-
-
-def _run_forward(
-    x: _Inputs,
-    plan: _Plan,
-    initial_state: Tensor | None,
-    asked: Tensor | None,
-    last: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Scan all blocks: y before skip and gate, and the states before each chunk of each block."""
-    y = torch.empty_like(x.delta_u, memory_format=torch.contiguous_format)
-    saved = []
-    for _, block, work in _buffers_for(x, plan, ""):
-        chunks = plan.chunks(block)
-        rows, size, width = work.decay.shape[1:]
-        starts = y.new_empty(len(chunks), rows, size, width) if save else None
-        edge = _edge(block, chunks[0], begin=True)
-        if initial_state is None:
-            work.state_at[edge].zero_()
-        else:
-            work.state_at[edge].copy_(initial_state[block.rows, block.channels].transpose(1, 2))
-        for number, chunk in enumerate(chunks):
-            if starts is not None:
-                starts[number].copy_(work.state_at[_edge(block, chunk, begin=True)])
-            after, _ = _states_of_chunk(x, block, chunk, work)
-            part = torch.bmm(_matrix(x.C, block, chunk), _flat(after)).view(chunk.steps, rows, width)
-            y[block.rows, chunk.start : chunk.stop, block.channels] = part.transpose(0, 1)
-            if asked is not None and chunk.places is not None and chunk.asked is not None:
-                found = _flat(after).index_select(0, chunk.places).transpose(1, 2)
-                asked[chunk.asked[0], chunk.asked[1], block.channels] = found
-            end = work.state_at[_edge(block, chunk, begin=False)]
-            if number + 1 < len(chunks):
-                work.state_at[_edge(block, chunks[number + 1], begin=True)].copy_(end)
-            elif last is not None:
-                last[block.rows, block.channels] = end.transpose(1, 2)
-        if starts is not None:
-            saved.append(starts)
-    return y, saved
-
-
-def _edge(block: _Block, chunk: _Chunk, *, begin: bool) -> int:
-    """The slot of the state before (begin) or after a chunk."""
-    return chunk.steps if begin == block.reverse else 0
+def _block_forward(
+    call: ScanCall, block: _Block, plan: _Plan, y: Tensor, states: Tensor | None, *, save: bool
+) -> Tensor | None:
+    """Scan one block into `y` (and `states`); returns the states before each chunk, (chunks, B, N, D)."""
+    x, marks = _Inputs(call, block), plan.marks(block)
+    space = plan.space(x, backward=False)
+    first = space.state_steps[0]
+    if call.initial_state is None:
+        first.zero_()
+    else:
+        first.copy_(call.initial_state[block.rows, block.channels].transpose(1, 2))
+    out = torch.empty_like(x.u)
+    out_rows = _flat_chunks(out, 1)
+    saved = first.new_empty(len(marks), *first.shape) if save else None
+    end = first
+    for chunk, mark in enumerate(marks):
+        if chunk:
+            first.copy_(end)
+        if saved is not None:
+            saved[chunk] = first
+        steps = space.run(x, chunk, mark.restarts)
+        after = space.states[1 : steps + 1].flatten(0, 1)
+        torch.bmm(x.C_rows[chunk], after, out=out_rows[chunk])
+        if states is not None and mark.asked is not None:
+            states[mark.row, mark.slot, block.channels] = after[mark.asked].transpose(1, 2)
+        end = space.state_steps[steps]
+    if states is not None and call.last_state:
+        states[block.rows, block.channels] = end.transpose(1, 2)
+    if call.D is not None:
+        out.addcmul_(x.u, call.D[block.channels].to(out.dtype))
+    if call.z is not None:
+        out.mul_(F.silu(block.take(call.z, out.dtype)))
+    block.put(y, out)
+    return saved
 
 
 class _Gradients:
-    """Sums of a backward run, in the layouts of `_Inputs`; B's and C's as (L, B, G, N)."""
+    """Gradients of a call, in the layouts of its arguments and the dtype of the arithmetic."""
 
-    def __init__(self, x: _Inputs, initial_state: Tensor | None, *, wants_y: bool) -> None:
-        self.delta = torch.empty_like(x.delta_u, memory_format=torch.contiguous_format)
-        self.delta_u = torch.empty_like(self.delta)
-        self.y = torch.empty_like(self.delta) if wants_y else None
-        self.A = torch.zeros_like(x.A)
-        self.B = torch.zeros_like(x.B)
-        self.C = torch.zeros_like(x.C)
-        self.initial_state = None if initial_state is None else torch.empty_like(initial_state)
+    def __init__(self, call: ScanCall, *, wants_z: bool) -> None:
+        kind = compute_dtype(call.u.dtype)
 
+        def like(tensor: Tensor, dtype: torch.dtype, fill: bool) -> Tensor:
+            return (
+                torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+                if fill
+                else tensor.new_empty(tensor.shape, dtype=dtype)
+            )
 
-def _run_backward(
-    x: _Inputs,
-    plan: _Plan,
-    saved: list[Tensor],
-    grads: _Gradients,
-    dy: Tensor,
-    d_asked: Tensor | None,
-    d_last: Tensor | None,
-) -> None:
-    """Walk all blocks backwards through their chunks and add up `grads`."""
-    for number, block, work in _buffers_for(x, plan, "g"):
-        chunks = plan.chunks(block)
-        carry = work.decay.new_zeros(work.decay.shape[1:])
-        if d_last is not None:
-            carry.copy_(d_last[block.rows, block.channels].transpose(1, 2))
-        for chunk, start in zip(reversed(chunks), saved[number].flip(0).unbind(0), strict=True):
-            work.state_at[_edge(block, chunk, begin=True)].copy_(start)
-            after, before = _states_of_chunk(x, block, chunk, work)
-            if d_asked is None or chunk.asked is None:
-                extra = None
-            else:
-                extra = d_asked[chunk.asked[0], chunk.asked[1], block.channels].transpose(1, 2)
-            _gradient_of_states(x, block, chunk, work, dy, extra, carry)
-            _chunk_gradients(x, block, chunk, work, grads, dy, after, before)
-        if grads.initial_state is not None:
-            grads.initial_state[block.rows, block.channels] = carry.transpose(1, 2)
+        self.u = like(call.u, call.u.dtype, False)
+        self.dt = like(call.dt, call.dt.dtype, False)
+        self.z = like(call.z, call.z.dtype, False) if call.z is not None and wants_z else None
+        self.A = like(call.A, kind, True)
+        self.B = like(call.B, kind, True)
+        self.C = like(call.C, kind, True)
+        self.D = None if call.D is None else like(call.D, kind, True)
+        self.dt_bias = None if call.dt_bias is None else like(call.dt_bias, kind, True)
+        self.initial_state = None if call.initial_state is None else torch.empty_like(call.initial_state)
 
 
-def _gradient_of_states(
-    x: _Inputs, block: _Block, chunk: _Chunk, work: _Buffers, dy: Tensor, extra: Tensor | None, carry: Tensor
-) -> None:
-    """Fill the gradients of a chunk's states; `carry` comes from the later chunk, goes to the earlier one."""
-    steps = chunk.steps
-    grad = work.grad[:steps]
-    matrix = _matrix(x.C, block, chunk).view(steps, -1, x.C.shape[-1], 1)
-    torch.mul(matrix, _part(dy, block, chunk), out=grad)
-    if extra is not None and chunk.places is not None:
-        _flat(grad).index_add_(0, chunk.places, extra)
-    decays, grads = work.decay_at, work.grad_at
-    if block.reverse:
-        grads[0].add_(carry)
-        for t in range(steps - 1):
-            grads[t + 1].addcmul_(decays[t], grads[t])
-        torch.mul(decays[steps - 1], grads[steps - 1], out=carry)
-    else:
-        grads[steps - 1].add_(carry)
-        for t in range(steps - 1, 0, -1):
-            grads[t - 1].addcmul_(decays[t], grads[t])
-        torch.mul(decays[0], grads[0], out=carry)
-
-
-def _chunk_gradients(
-    x: _Inputs,
+def _block_backward(
+    call: ScanCall,
     block: _Block,
-    chunk: _Chunk,
-    work: _Buffers,
+    plan: _Plan,
+    saved: Tensor,
+    dy: Tensor | None,
+    d_states: Tensor | None,
     grads: _Gradients,
-    dy: Tensor,
-    after: Tensor,
-    before: Tensor,
 ) -> None:
-    """Add the gradients of a chunk, given its states and their gradients; the buffers are used up."""
-    steps, rows, size, width = after.shape
-    span, states = slice(chunk.start, chunk.stop), _flat(after)
-    grad, decay, free = work.grad[:steps], work.decay[:steps], work.work[:steps]
-    if grads.y is not None:
-        y = torch.bmm(_matrix(x.C, block, chunk), states).view(steps, rows, width)
-        grads.y[block.rows, span, block.channels] = y.transpose(0, 1)
-    column = _part(dy, block, chunk).reshape(steps * rows, width, 1)
-    grads.C[span, block.rows, block.group] += torch.bmm(states, column).view(steps, rows, size)
-    column = _part(x.delta_u, block, chunk).reshape(steps * rows, width, 1)
-    grads.B[span, block.rows, block.group] += torch.bmm(_flat(grad), column).view(steps, rows, size)
-    d_delta_u = torch.bmm(_matrix(x.B, block, chunk), _flat(grad)).view(steps, rows, width)
-    grads.delta_u[block.rows, span, block.channels] = d_delta_u.transpose(0, 1)
-    decay.mul_(before).mul_(grad)
-    torch.mul(decay, x.A[:, block.channels], out=free)
-    grads.delta[block.rows, span, block.channels] = free.sum(dim=2).transpose(0, 1)
-    decay.mul_(_part(x.delta, block, chunk))
-    grads.A[:, block.channels] += _flat(decay).sum(dim=0)
+    """Walk one block backwards through its chunks and write its share of `grads`."""
+    x, marks = _Inputs(call, block), plan.marks(block)
+    space = plan.space(x, backward=True)
+    kind = x.u.dtype
+    d_out = torch.zeros_like(x.u) if dy is None else block.take(dy, kind)
+    z = None if call.z is None else block.take(call.z, kind)
+    inner = d_out if z is None else d_out * F.silu(z)
+    inner_chunks, inner_columns = inner.unsqueeze(2).split(CHUNK_STEPS), _flat_chunks(inner, 2)
+    C_columns, delta_u_columns = x.C.unsqueeze(3).split(CHUNK_STEPS), _flat_chunks(x.delta_u, 2)
+    d_delta, d_delta_u, d_B, d_C, d_A = (torch.empty_like(t) for t in (x.u, x.u, x.B, x.C, x.A))
+    d_A.zero_()
+    d_delta_chunks, d_delta_u_rows = d_delta.split(CHUNK_STEPS), _flat_chunks(d_delta_u, 1)
+    d_B_columns, d_C_columns = _flat_chunks(d_B, 2), _flat_chunks(d_C, 2)
+    y = torch.empty_like(x.u) if grads.z is not None else None
+    y_rows = None if y is None else _flat_chunks(y, 1)
+    space.carry = torch.zeros_like(space.state_steps[0])
+    if d_states is not None and call.last_state:
+        space.carry.copy_(d_states[block.rows, block.channels].transpose(1, 2))
+    for chunk in range(len(marks) - 1, -1, -1):
+        mark = marks[chunk]
+        space.state_steps[0].copy_(saved[chunk])
+        steps = space.run(x, chunk, mark.restarts)
+        asked = None
+        if d_states is not None and mark.asked is not None:
+            asked = d_states[mark.row, mark.slot, block.channels].transpose(1, 2)
+        space.run_grad(C_columns[chunk], inner_chunks[chunk], steps, mark, asked)
+        after, grad = space.states[1 : steps + 1].flatten(0, 1), space.grad[:steps]
+        flat = grad.flatten(0, 1)
+        if y_rows is not None:
+            torch.bmm(x.C_rows[chunk], after, out=y_rows[chunk])
+        torch.bmm(after, inner_columns[chunk], out=d_C_columns[chunk])
+        torch.bmm(flat, delta_u_columns[chunk], out=d_B_columns[chunk])
+        torch.bmm(x.B_rows[chunk], flat, out=d_delta_u_rows[chunk])
+        grad.mul_(space.decay[:steps]).mul_(space.states[:steps])
+        work = space.work[:steps]
+        torch.mul(grad, x.A, out=work)
+        torch.sum(work, dim=2, out=d_delta_chunks[chunk])
+        torch.mul(grad, x.delta_chunks[chunk], out=work)
+        d_A += work.sum(dim=(0, 1))
+    block.add_matrix(grads.B, d_B)
+    block.add_matrix(grads.C, d_C)
+    grads.A[block.channels] += d_A.t()
+    if grads.initial_state is not None:
+        grads.initial_state[block.rows, block.channels] = space.carry.transpose(1, 2)
+    _finish_block(call, block, x, grads, d_delta, d_delta_u, inner, d_out, z, y)
+
+
+def _finish_block(
+    call: ScanCall,
+    block: _Block,
+    x: _Inputs,
+    grads: _Gradients,
+    d_delta: Tensor,
+    d_delta_u: Tensor,
+    inner: Tensor,
+    d_out: Tensor,
+    z: Tensor | None,
+    y: Tensor | None,
+) -> None:
+    """Carry the gradients of a block's inner quantities on to its inputs."""
+    d_delta.addcmul_(d_delta_u, x.u)
+    if call.dt_softplus:
+        d_delta.mul_(torch.sigmoid(x.raw))
+    d_u = d_delta_u.mul_(x.delta)
+    if call.D is not None and grads.D is not None:
+        skip = call.D[block.channels].to(x.u.dtype)
+        d_u.addcmul_(inner, skip)
+        grads.D[block.channels] += (inner * x.u).sum(dim=(0, 1))
+        if y is not None:
+            y.addcmul_(x.u, skip)
+    if z is not None and y is not None and grads.z is not None:
+        block.put(grads.z, torch.ops.aten.silu_backward(y.mul_(d_out), z))
+    if grads.dt_bias is not None:
+        grads.dt_bias[block.channels] += d_delta.sum(dim=(0, 1))
+    block.put(grads.u, d_u)
+    block.put(grads.dt, d_delta)
+
+
+def _forward(call: ScanCall, plan: _Plan, *, save: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    batch, _, channels = call.u.shape
+    y = torch.empty(call.u.shape, dtype=call.u.dtype, device=call.u.device)
+    states = None
+    if call.state_at is not None or call.last_state:
+        places = () if call.state_at is None else (call.state_at.shape[1],)
+        kind = compute_dtype(call.u.dtype)
+        states = y.new_empty(batch, *places, channels, call.A.shape[1], dtype=kind)
+    kept = [_block_forward(call, block, plan, y, states, save=save) for block in plan.blocks]
+    plan.free()
+    return y, states, [saved for saved in kept if saved is not None]
 
 
 class _ChunkedScan(torch.autograd.Function):
     """`scan` with gradients for every floating-point argument."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: ScanCall,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        save = any(ctx.needs_input_grad)
-        y, states, plan, saved = _forward(call, u, dt, A, B, C, D, z, dt_bias, initial_state, save=save)
-        if save:
-            ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, initial_state, *saved)
-            ctx.plan, ctx.softplus, ctx.state_at = plan, call.dt_softplus, call.state_at is not None
-            ctx.set_materialize_grads(False)
+    def forward(ctx: Any, call: ScanCall, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        plan = _Plan(call)
+        y, states, saved = _forward(call, plan, save=True)
+        ctx.save_for_backward(*tensors, call.seq_idx, call.state_at, *saved)
+        ctx.plan = plan
+        ctx.fixed = (call.dt_softplus, call.reverse, call.last_state)
+        ctx.set_materialize_grads(False)
         return y, states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_states: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, D, z, dt_bias, initial_state, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
-        x = _Inputs(u, dt, A, B, C, dt_bias, ctx.softplus)
-        dy = torch.zeros_like(x.delta_u) if dy is None else dy.to(x.u.dtype)
-        inner = dy if z is None else dy * F.silu(z.to(dy.dtype))
-        grads = _Gradients(x, initial_state, wants_y=z is not None and needs[6])
-        d_asked, d_last = (d_states, None) if ctx.state_at else (None, d_states)
-        with torch.autocast(u.device.type, enabled=False):
-            _run_backward(x, ctx.plan, saved, grads, inner, d_asked, d_last)
-        d_u = x.delta * grads.delta_u
-        d_dt = grads.delta.addcmul_(grads.delta_u, x.u)
-        if ctx.softplus:
-            d_dt = d_dt.mul_(torch.sigmoid(x.raw))
-        d_D = d_z = d_bias = None
-        if D is not None:
-            d_u.addcmul_(inner, D.to(inner.dtype))
-            d_D = (inner * x.u).sum(dim=(0, 1)).to(D.dtype) if needs[5] else None
-        if z is not None and grads.y is not None:
-            y = grads.y if D is None else grads.y.addcmul_(x.u, D.to(inner.dtype))
-            d_z = torch.ops.aten.silu_backward(dy * y, z.to(dy.dtype)).to(z.dtype)
-        if dt_bias is not None and needs[7]:
-            d_bias = d_dt.sum(dim=(0, 1)).to(dt_bias.dtype)
-        d_B, d_C = (g.permute(1, 0, 2, 3) for g in (grads.B, grads.C))
-        return (
-            None,
-            d_u.to(u.dtype),
-            d_dt.to(dt.dtype),
-            grads.A.t().to(A.dtype),
-            d_B.to(B.dtype),
-            d_C.to(C.dtype),
-            d_D,
-            d_z,
-            d_bias,
-            grads.initial_state,
-        )
+        *tensors, seq_idx, state_at = ctx.saved_tensors[:11]
+        saved = ctx.saved_tensors[11:]
+        call = _call(tensors, seq_idx, state_at, ctx.fixed)
+        grads = _Gradients(call, wants_z=ctx.needs_input_grad[7])
+        with torch.autocast(call.u.device.type, enabled=False):
+            for block, states in zip(ctx.plan.blocks, saved, strict=True):
+                _block_backward(call, block, ctx.plan, states, dy, d_states, grads)
+        ctx.plan.free()
+        found = (grads.u, grads.dt, grads.A, grads.B, grads.C, grads.D, grads.z, grads.dt_bias)
+        pairs = zip((*found, grads.initial_state), tensors, strict=True)
+        return None, *(None if g is None or t is None else g.to(t.dtype) for g, t in pairs)
 
 
-def _forward(
-    call: ScanCall,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    *,
-    save: bool,
-) -> tuple[Tensor, Tensor | None, _Plan, list[Tensor]]:
-    batch, length, channels = u.shape
-    size = A.shape[1]
-    x = _Inputs(u, dt, A, B, C, dt_bias, call.dt_softplus)
-    plan = _Plan((batch, length, channels, size), call.reverse, call.seq_idx, call.state_at)
-    asked = last = None
-    if call.state_at is not None:
-        asked = x.u.new_empty(batch, call.state_at.shape[1], channels, size)
-    elif call.last_state:
-        last = x.u.new_empty(batch, channels, size)
-    y, saved = _run_forward(x, plan, initial_state, asked, last, save)
-    if D is not None:
-        y.addcmul_(x.u, D.to(y.dtype))
-    if z is not None:
-        y.mul_(F.silu(z.to(y.dtype)))
-    return y.to(u.dtype), asked if last is None else last, plan, saved
+def _tensors(call: ScanCall) -> tuple[Tensor | None, ...]:
+    """The differentiable arguments, in the order of `_call`."""
+    return (call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state)
+
+
+def _call(
+    tensors: list[Any],
+    seq_idx: Tensor | None,
+    state_at: Tensor | None,
+    fixed: tuple[bool, tuple[bool, ...], bool],
+) -> ScanCall:
+    u, dt, A, B, C, D, z, dt_bias, initial_state = tensors
+    softplus, reverse, last_state = fixed
+    return ScanCall(
+        u, dt, A, B, C, D, z, dt_bias, softplus, seq_idx, initial_state, reverse, state_at, last_state
+    )
 
 
 def scan(call: ScanCall) -> tuple[Tensor, Tensor | None]:
     """Run `selective_scan`."""
-    tensors = (call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state)
+    tensors = _tensors(call)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y, states = _ChunkedScan.apply(call, *tensors)
         return y, states
     with torch.no_grad():
-        y, states, _, _ = _forward(call, *tensors, save=False)
+        y, states, _ = _forward(call, _Plan(call), save=False)
     return y, states
 
 
