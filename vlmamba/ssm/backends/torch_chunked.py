@@ -391,8 +391,9 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_states: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, seq_idx, state_at = ctx.saved_tensors[:11]
-        saved = ctx.saved_tensors[11:]
+        stored = ctx.saved_tensors  # read once: activation checkpointing allows no second unpacking
+        *tensors, seq_idx, state_at = stored[:11]
+        saved = stored[11:]
         call = _call(tensors, seq_idx, state_at, ctx.fixed)
         grads = _Gradients(call, wants_z=ctx.needs_input_grad[7])
         with torch.autocast(call.u.device.type, enabled=False):
