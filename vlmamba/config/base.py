@@ -74,7 +74,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what JSON and YAML can hold."""
-        return {name: to_plain(getattr(self, name)) for name in self.annotations()}
+        return {name: to_plain(getattr(self, name)) for name in self.field_types()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, path: str = "") -> Self:
@@ -87,7 +87,7 @@ class Config:
         Raises:
             ConfigError: A key is unknown, a value is of the wrong type, or a required field is missing.
         """
-        annotations = cls.annotations()
+        annotations = cls.field_types()
         for name in values:
             cls._require_field(name, path)
         fields = cls._fields()
@@ -97,7 +97,7 @@ class Config:
         return cls(**{n: from_plain(v, annotations[n], _join(path, n)) for n, v in values.items()})
 
     @classmethod
-    def annotations(cls) -> dict[str, Any]:
+    def field_types(cls) -> dict[str, Any]:
         """Field names to resolved type annotations, in order."""
         return _annotations(cls)  # type: ignore[arg-type]
 
@@ -107,7 +107,7 @@ class Config:
 
     @classmethod
     def _require_field(cls, name: str, path: str) -> None:
-        known = list(cls.annotations())
+        known = list(cls.field_types())
         if name not in known:
             raise ConfigError(
                 f"unknown key {_join(path, name)!r}: {cls.__name__} has no field {name!r}."
@@ -256,7 +256,7 @@ def describe(cls: type[Config], path: str = "") -> list[FieldInfo]:
     """Every field that an override can set: dotted key, type, default and documentation."""
     lines: list[FieldInfo] = []
     docs = field_docs(cls)  # type: ignore[arg-type]
-    for name, annotation in cls.annotations().items():
+    for name, annotation in cls.field_types().items():
         key = _join(path, name)
         inner = _inner_config(annotation)
         if inner is not None:

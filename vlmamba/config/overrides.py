@@ -111,13 +111,13 @@ def _apply_tree(value: Any, annotation: Any, tree: Any, path: str) -> Any:
         return changed
     reached = next(iter(tree))
     raise ConfigError(
-        f"unknown key '{path}.{reached}': {path} is {value!r} ({type_name(annotation)}), which has no fields."
-        + (f" Set it as a whole first: --{path} '{{...}}'." if value is None else "")
+        f"unknown key '{path}.{reached}': {path} is {value!r} ({type_name(annotation)}), which has no "
+        "fields." + (f" Set it as a whole first: --{path} '{{...}}'." if value is None else "")
     )
 
 
 def _apply_to_config(config: Config, tree: dict[str, Any], path: str) -> Config:
-    annotations = config.annotations()
+    annotations = config.field_types()
     changes: dict[str, Any] = {}
     for name, subtree in tree.items():
         dotted = f"{path}.{name}" if path else name
@@ -147,7 +147,7 @@ def _apply_to_tuple(
 
 
 def _unknown_key(config: Config, dotted: str, name: str) -> ConfigError:
-    known = list(config.annotations())
+    known = list(config.field_types())
     return ConfigError(
         f"unknown key {dotted!r}: {type(config).__name__} has no field {name!r}."
         f"{close_matches(name, known)} Known: {', '.join(known)}."

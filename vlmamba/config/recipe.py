@@ -163,7 +163,7 @@ def _keywords(
                 raise ConfigError(f"{path}:{function.__name__} needs --{name} on the command line.")
             required[name] = given[name]
     returned = hints.get("return")
-    fields = list(returned.annotations()) if returned is not None and is_config(returned) else []
+    fields = list(returned.field_types()) if returned is not None and is_config(returned) else []
     for flag in flags:
         if "." not in flag and fields and flag not in fields:
             names = list({*parameters, *fields})

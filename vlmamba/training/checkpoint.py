@@ -1,0 +1,286 @@
+"""Checkpoints of a run: everything that is needed to go on exactly where it stopped.
+
+    checkpoints/step-000123/model.safetensors   tensors that train (by requires_grad, never by name)
+                            optimizer.pt        its state by parameter name
+                            state.json          step, position in the data, counters, fingerprint of the
+                            frozen parts rng.pt              states of the random generators
+    checkpoints/latest                          name of the newest complete one
+
+A checkpoint is written under a hidden name and renamed when all of it is on the disk, so whatever has the
+name of a checkpoint is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vlmamba.config import Config, diff_configs
+from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
+from vlmamba.models.language.weights import load_state_dict_file, load_weights_only
+from vlmamba.training.optim import load_named_state, named_state
+from vlmamba.training.run_dir import whole_directory, write_text
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+_STEP_NAME = re.compile(r"step-(\d{6,})")
+
+# What may differ between a run and its continuation: nothing that changes the result.
+FREE_KEYS = ("output", "log_every", "save_every", "keep_last", "loggers", "data.num_workers", "device")
+
+
+@dataclasses.dataclass
+class RunState:
+    """Where a run is. All counts are over the whole run and all processes.
+
+    Attributes:
+        step: Optimizer steps done.
+        total_steps: Steps of the whole run, on which the schedule depends.
+        samples: Samples trained on, repeats counted.
+        tokens: Their tokens, image tokens included.
+        supervised: Their supervised tokens.
+        skipped: Rows that could not be used.
+        frozen: Fingerprint of the frozen parameters.
+        data: Where the data loader stands (`vlmamba.data.Loader.state_dict`).
+    """
+
+    step: int = 0
+    total_steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    skipped: int = 0
+    frozen: str = ""
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, *, keep_last: int
+) -> Path:
+    """Write a checkpoint of the present step, point ``latest`` at it, and remove old ones.
+
+    Raises:
+        CheckpointError: The disk is full or fails; earlier checkpoints are as they were.
+    """
+    from safetensors.torch import save_file
+
+    folder = run_dir / CHECKPOINTS
+    final = folder / f"step-{state.step:06d}"
+    with whole_directory(final) as directory:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in trained_tensors(model).items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        torch.save(named_state(optimizer), directory / "optimizer.pt")
+        torch.save(rng_state(), directory / "rng.pt")
+        (directory / "state.json").write_text(
+            json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8"
+        )
+    try:
+        write_text(folder / LATEST, final.name + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} is complete, but {folder / LATEST} could not be written: {error}."
+        ) from error
+    if keep_last:
+        for old in complete_checkpoints(run_dir)[:-keep_last]:
+            if old != final:
+                remove_directory(old)
+    return final
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that require gradients, and the saved buffers of the modules that own one (running
+    statistics).
+    """
+    tensors: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a checkpoint; at no moment does a part of it keep its name."""
+    hidden = path.with_name(f".{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    for folder in (run_dir, run_dir / CHECKPOINTS):
+        for pattern in (".*.tmp", ".*.old"):
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of all random generators, in types that load without running code."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put all random generators back."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# --- finding and reading ------------------------------------------------------------------------------------
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = [
+        (int(m.group(1)), p)
+        for p in (run_dir / CHECKPOINTS).glob("step-*")
+        if (m := _STEP_NAME.fullmatch(p.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; the newest one where a kill came before it was written."""
+    pointer = run_dir / CHECKPOINTS / LATEST
+    if pointer.is_file():
+        named = run_dir / CHECKPOINTS / pointer.read_text(encoding="utf-8").strip()
+        if _STEP_NAME.fullmatch(named.name) and named.is_dir():
+            return named
+    found = complete_checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def latest_step(run_dir: Path) -> int | None:
+    """Step of the newest complete checkpoint, or None."""
+    path = latest_checkpoint(run_dir)
+    return None if path is None else int(path.name.removeprefix("step-"))
+
+
+def read_state(path: Path) -> RunState:
+    """The state file of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or another version of vlmamba wrote other fields.
+    """
+    file = path / "state.json"
+    try:
+        return RunState(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} is not a checkpoint: it has no state.json.") from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged or of another version of vlmamba: {error}.") from error
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+    """Put model, optimizer and random generators where a checkpoint left them.
+
+    Raises:
+        CheckpointError: The checkpoint's tensors are not those that train, or a file is damaged.
+    """
+    state = read_state(path)
+    load_trained(path, model)
+    saved = load_weights_only(path / "optimizer.pt")
+    assert isinstance(saved, dict)
+    load_named_state(optimizer, saved)
+    generators = load_weights_only(path / "rng.pt")
+    assert isinstance(generators, dict)
+    set_rng_state(generators)
+    return state
+
+
+@torch.no_grad()
+def load_trained(path: Path, model: nn.Module) -> None:
+    """Put the trained tensors of a checkpoint into the model, all of them and no others."""
+    file = path / "model.safetensors"
+    saved, wanted = load_state_dict_file(file), trained_tensors(model)
+    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    other = sorted(n for n in wanted.keys() & saved.keys() if wanted[n].shape != saved[n].shape)
+    if missing or unexpected or other:
+        raise CheckpointError(
+            f"{file} does not hold what trains now: missing {missing[:3]} ({len(missing)}), unexpected "
+            f"{unexpected[:3]} "
+            f"({len(unexpected)}), of another shape {other[:3]} ({len(other)})."
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(saved[name])
+
+
+# --- is it the same run? ------------------------------------------------------------------------------------
+
+
+def check_same_config(saved: Config, given: Config, where: Path) -> None:
+    """Refuse to go on with settings that would change the result.
+
+    Raises:
+        ConfigError: Lists every dotted key that differs.
+    """
+    changes = [c for c in diff_configs(saved, given) if not _is_free(c.path)]
+    if changes:
+        listing = "\n".join(f"  {change}" for change in changes)
+        raise ConfigError(
+            f"the config differs from that of the run in {where.parent}, so continuing would be another "
+            "experiment:\n"
+            f"{listing}\nUse the settings of {where} (vlmamba train {where} --resume), or another --output."
+        )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def check_same_rest(saved: RunState, *, frozen: str, total_steps: int, where: Path) -> None:
+    """Refuse to go on over other frozen weights or another number of steps than the checkpoint was trained
+    with.
+
+    Raises:
+        CheckpointError: Says which of them differs.
+    """
+    if saved.total_steps != total_steps:
+        raise CheckpointError(
+            f"{where} belongs to a run of {saved.total_steps} steps, now there are {total_steps}: the "
+            "batches are cut "
+            "otherwise. Restore the data and settings, or start another run with --init_from."
+        )
+    if saved.frozen != frozen:
+        raise CheckpointError(
+            f"the frozen weights are not those that {where} was trained with (fingerprint "
+            f"{saved.frozen[:12]}, now "
+            f"{frozen[:12]}): the files of encoder, language model or init_from have changed. Restore them."
+        )
+
+
+def frozen_fingerprint(model: nn.Module, *, samples: int = 1024) -> str:
+    """A hash of the frozen parameters: names, shapes, dtypes, and up to `samples` values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        flat = parameter.detach().flatten()
+        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}".encode())
+        taken = flat[:: max(1, flat.numel() // samples)][:samples]
+        digest.update(taken.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

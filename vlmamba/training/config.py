@@ -1,0 +1,227 @@
+"""What a training run is: one frozen `TrainConfig` made of small ones. Recipes in `train/` return it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from vlmamba.config import Config
+from vlmamba.errors import ConfigError
+from vlmamba.models.builder import ModelConfig
+
+
+class SourceConfig(Config):
+    """One data source."""
+
+    annotations: str
+    """JSON list or JSON lines in LLaVA's format."""
+    image_root: str = ""
+    """Folder that the rows' image paths start from; empty: the folder of the annotations."""
+    weight: float = 1.0
+    """How often each row is seen an epoch: 2 twice, 0.5 every second row."""
+    name: str | None = None
+    """Name in logs; by default that of the file."""
+    hint: str = ""
+    """Where to get the files, shown when they are missing."""
+    expected_rows: int | None = None
+    """Rows of the published file, for planning while it is not there."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(
+                f"data.sources: the weight of {self.annotations} must be positive, got {self.weight}."
+            )
+
+    @property
+    def root(self) -> Path:
+        """The image folder."""
+        return Path(self.image_root) if self.image_root else Path(self.annotations).parent
+
+
+class DataConfig(Config):
+    """What is trained on, and in which order."""
+
+    sources: tuple[SourceConfig, ...]
+    """Annotation files with their image folders; mixed by their weights."""
+    max_length: int = 2048
+    """Longest sample in tokens, image tokens included; longer answers are cut, images never."""
+    image_position: Literal["inline", "front"] = "inline"
+    """Whether `<image>` stays where it stands in its turn or moves to the front of it."""
+    order: Literal["random", "length", "modality_length"] = "random"
+    """Batches at random, of similar length, or of similar length and with or without images."""
+    num_workers: int = 4
+    """Processes that read and decode; 0 reads in the training process."""
+    max_bad_fraction: float = 0.001
+    """Share of samples that may be unusable (skipped and counted) before the run stops."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("data.sources: no source given.")
+        if self.max_length < 1:
+            raise ConfigError(f"data.max_length must be positive, got {self.max_length}.")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers must not be negative, got {self.num_workers}.")
+        if not 0.0 <= self.max_bad_fraction <= 1.0:
+            raise ConfigError(f"data.max_bad_fraction is a share from 0 to 1, got {self.max_bad_fraction}.")
+
+
+class BatchConfig(Config):
+    """How many samples make an optimizer step, and how it is cut into pieces that fit the memory."""
+
+    global_batch_size: int
+    """Samples per optimizer step, over all processes."""
+    micro_batch_size: int | None = None
+    """Samples per forward pass of one process."""
+    tokens_per_micro_batch: int | None = None
+    """Or: tokens per forward pass, padding included."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1:
+            raise ConfigError(f"batch.global_batch_size must be positive, got {self.global_batch_size}.")
+        if (self.micro_batch_size is None) == (self.tokens_per_micro_batch is None):
+            raise ConfigError(
+                "batch: set exactly one of micro_batch_size and tokens_per_micro_batch, got "
+                f"{self.micro_batch_size} and {self.tokens_per_micro_batch} (none switches one off)."
+            )
+        if self.micro_batch_size is not None:
+            if self.micro_batch_size < 1:
+                raise ConfigError(f"batch.micro_batch_size must be positive, got {self.micro_batch_size}.")
+            if self.global_batch_size % self.micro_batch_size:
+                raise ConfigError(
+                    f"batch.global_batch_size {self.global_batch_size} is not a multiple of "
+                    f"batch.micro_batch_size {self.micro_batch_size}."
+                )
+
+
+class GroupConfig(Config):
+    """Multipliers for the parameters that a pattern matches."""
+
+    match: str
+    """Module name, glob, or re:<expression> over dotted parameter names."""
+    lr: float = 1.0
+    """Factor on the learning rate."""
+    weight_decay: float = 1.0
+    """Factor on the weight decay."""
+
+
+class OptimConfig(Config):
+    """The optimizer."""
+
+    name: Literal["adamw", "radam"] = "adamw"
+    """adamw or radam (rectified Adam with decoupled weight decay)."""
+    lr: float
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running means."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.0
+    """Decoupled; never on biases, norms and other vectors, nor on Mamba's A_log and D."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Own multipliers for some parameters; the first match counts."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optim.lr must be positive, got {self.lr}.")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"optim.betas must lie in [0, 1), got {self.betas}.")
+        if self.weight_decay < 0 or self.eps <= 0:
+            raise ConfigError(
+                f"optim: weight_decay must not be negative and eps positive, got {self.weight_decay} and "
+                f"{self.eps}."
+            )
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the run."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Curve after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Warm-up as a share of all steps, rounded up."""
+    warmup_steps: int | None = None
+    """Or as a number of steps, which then counts."""
+    min_lr_ratio: float = 0.0
+    """Where the curve ends, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup_ratio <= 1.0:
+            raise ConfigError(f"schedule.warmup_ratio is a share from 0 to 1, got {self.warmup_ratio}.")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigError(f"schedule.warmup_steps must not be negative, got {self.warmup_steps}.")
+        if not 0.0 <= self.min_lr_ratio <= 1.0:
+            raise ConfigError(f"schedule.min_lr_ratio is a share from 0 to 1, got {self.min_lr_ratio}.")
+
+
+class TrainConfig(Config):
+    """One run of one stage."""
+
+    output: str
+    """Folder of the run: config, log, checkpoints, export."""
+    model: ModelConfig
+    """Encoder, connector, language model, chat template, image settings."""
+    train: tuple[str, ...]
+    """What trains: module names, globs or re:<expression>; all else is frozen."""
+    data: DataConfig
+    """Sources and order."""
+    batch: BatchConfig
+    """Batch sizes."""
+    optim: OptimConfig
+    """Optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over time."""
+    epochs: int | None = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Optimizer steps at most; with epochs none, exactly."""
+    init_from: str | None = None
+    """Run, checkpoint or export folder, or connector.safetensors, whose weights to start from."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast, frozen parts held in bf16, trained parts in fp32. fp32: everything in fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute the language model's activations in the backward pass."""
+    grad_clip: float | None = 1.0
+    """Largest global gradient norm; none: no clipping."""
+    seed: int = 42
+    """Of initialisation, order and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    parallel: str = "single"
+    """How several processes work together; single is one process."""
+    log_every: int = 1
+    """Steps per log line."""
+    save_every: int = 500
+    """Steps per checkpoint; one is always written at the end. 0: at the end only."""
+    keep_last: int = 2
+    """Checkpoints kept; 0 keeps all."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Besides log.jsonl: tensorboard, wandb, trackio. The last two send data to their services."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ConfigError("output: name the folder of the run.")
+        if not self.train:
+            raise ConfigError("train: no pattern given, so nothing would train. Name at least one module.")
+        if self.epochs is None and self.max_steps is None:
+            raise ConfigError("set epochs or max_steps; both are none.")
+        for name in ("epochs", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be positive, got {value}.")
+        if self.log_every < 1:
+            raise ConfigError(f"log_every must be positive, got {self.log_every}.")
+        if self.save_every < 0 or self.keep_last < 0:
+            raise ConfigError(
+                f"save_every and keep_last must not be negative, got {self.save_every} and {self.keep_last}."
+            )
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ConfigError(f"grad_clip must be positive, or none for no clipping, got {self.grad_clip}.")
+        budget = self.batch.tokens_per_micro_batch
+        if budget is not None and budget < self.data.max_length:
+            raise ConfigError(
+                f"batch.tokens_per_micro_batch {budget} is smaller than data.max_length "
+                f"{self.data.max_length}: the "
+                "longest samples would fit no micro-batch. Raise one or lower the other."
+            )
+        if len({s.annotations for s in self.data.sources}) != len(self.data.sources):
+            raise ConfigError("data.sources: a file is named twice; use its weight to see it more often.")

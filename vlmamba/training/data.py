@@ -1,0 +1,103 @@
+"""From the data settings of a run to its loader of optimizer steps."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from vlmamba.data import Loader, Mixture, PlanSettings, VLDataset, build_loader, build_source, compute_lengths
+from vlmamba.errors import ConfigError
+from vlmamba.training.config import TrainConfig
+from vlmamba.training.parallel import Parallel
+
+
+def build_data(config: TrainConfig, processor: Any, parallel: Parallel, *, run_dir: Path) -> Loader:
+    """Sources, mixture, data set, plan, loader.
+
+    Raises:
+        ConfigError: The batch sizes do not fit the number of processes, or a sample is longer than the token
+            budget.
+        MissingFileError: An annotation file or image folder is not there.
+        DataError: An annotation file is no list of rows, or too many rows cannot be used.
+    """
+    data = config.data
+    sources = [
+        build_source("llava", annotations=s.annotations, image_root=s.root, name=s.name, hint=s.hint)
+        for s in data.sources
+    ]
+    mixture = Mixture(sources, [s.weight for s in data.sources], seed=config.seed)
+    dataset = VLDataset(
+        mixture, processor, max_length=data.max_length, image_position=data.image_position, seed=config.seed
+    )
+    settings = plan_settings(config, parallel.world_size)
+    lengths = None
+    if settings.needs_lengths:
+        lengths = compute_lengths(
+            dataset,
+            cache_dir=cache_folder(),
+            processor_fingerprint=processor_fingerprint(processor),
+            num_workers=data.num_workers,
+            progress=parallel.is_main,
+        )
+    return build_loader(
+        dataset,
+        settings,
+        lengths=lengths,
+        max_bad_fraction=data.max_bad_fraction,
+        bad_samples_path=run_dir / "bad_samples.jsonl" if parallel.is_main else None,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        num_workers=data.num_workers,
+        pin_memory=parallel.device.type == "cuda",
+    )
+
+
+def plan_settings(config: TrainConfig, world_size: int) -> PlanSettings:
+    """How epochs are cut into steps and micro-batches.
+
+    Raises:
+        ConfigError: The global batch is not a multiple of processes x micro-batch.
+    """
+    batch = config.batch
+    if batch.micro_batch_size is not None and batch.global_batch_size % (batch.micro_batch_size * world_size):
+        raise ConfigError(
+            f"batch.global_batch_size {batch.global_batch_size} is not a multiple of "
+            "batch.micro_batch_size "
+            f"{batch.micro_batch_size} x {world_size} processes."
+        )
+    return PlanSettings(
+        step_samples=batch.global_batch_size,
+        micro_samples=batch.micro_batch_size,
+        micro_tokens=batch.tokens_per_micro_batch,
+        grouping=config.data.order,
+        seed=config.seed,
+    )
+
+
+def total_steps(config: TrainConfig, loader: Loader) -> int:
+    """Optimizer steps of the whole run."""
+    if config.epochs is None:
+        assert config.max_steps is not None
+        return config.max_steps
+    steps = 0
+    for epoch in range(config.epochs):
+        steps += len(loader.plan_of(epoch))
+        if config.max_steps is not None and steps >= config.max_steps:
+            return config.max_steps
+    return steps
+
+
+def cache_folder() -> Path:
+    """Where lengths of rows are kept: ``$VLMAMBA_CACHE``, or ``~/.cache/vlmamba``."""
+    return Path(os.environ.get("VLMAMBA_CACHE") or Path.home() / ".cache" / "vlmamba")
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """Changes when tokenizer or chat template do."""
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    text = "\n".join([type(tokenizer).__name__, described, str(processor.chat_template)])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,63 @@
+"""From a run to a plain transformers directory, with the connector beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
+from vlmamba.training.init_from import CONNECTOR
+from vlmamba.training.run_dir import whole_directory
+
+EXPORT = "export"
+
+
+def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write model, processor and connector.
+
+    The connector alone is also written, in the precision it was trained in: ``connector.safetensors`` and
+    ``connector_config.json``.
+
+    Args:
+        model: A `VLMambaForConditionalGeneration`.
+        processor: Its processor.
+        directory: Replaced as a whole when it exists.
+        dtype: Of the exported weights.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: The disk is full or fails; an earlier export stays.
+    """
+    from safetensors.torch import save_file
+
+    with whole_directory(directory) as target:
+        connector = getattr(model, CONNECTOR)
+        state = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        previous = model.config.dtype
+        model.config.dtype = dtype
+        try:
+            model.save_pretrained(target, state_dict=state)
+        finally:
+            model.config.dtype = previous
+        processor.save_pretrained(target)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in connector.state_dict().items()}
+        save_file(tensors, target / CONNECTOR_FILE, metadata={"format": "pt"})
+        description = {
+            "name": connector.name,
+            "options": dict(connector.options),
+            "vision_dim": connector.vision_dim,
+            "text_dim": connector.text_dim,
+            "grid": list(connector.grid),
+        }
+        (target / CONNECTOR_CONFIG_FILE).write_text(
+            json.dumps(description, indent=2) + "\n", encoding="utf-8"
+        )
+    return directory

@@ -1,0 +1,290 @@
+"""What a run reports: the numbers of a log line, where they are written, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmamba.errors import MissingDependencyError, require
+from vlmamba.registry import Registry
+from vlmamba.training.parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+# Dense bf16 tensor-core peaks from NVIDIA's data sheets, FLOP/s. Matched against the start of the device's
+# name, the longest first.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of the device in bf16, or None where it is not known (a CPU, another GPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = sorted((k for k in PEAK_FLOPS if name.startswith(k)), key=len)
+    return PEAK_FLOPS[known[-1]] if known else None
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of training, estimated from parameter counts: 2 per weight and token forward, 2 more for the
+    gradient of the input, 2 more for that of the weight. Scans and attention scores are not counted,
+    recomputation neither.
+    """
+
+    per_token: float
+    """For each token of the language model."""
+    per_image: float
+    """For each image, in encoder and connector."""
+
+    @classmethod
+    def of(cls, model: nn.Module, *, patches: int) -> FlopCount:
+        """Count a model with the parts vision_tower, multi_modal_projector and language_model.
+
+        Args:
+            model: With trainable parts set.
+            patches: Patches of an image, which encoder and connector see.
+        """
+        per_token = per_image = 0.0
+        upstream_trains = False
+        for part in ("vision_tower", "multi_modal_projector", "language_model"):
+            module: nn.Module = getattr(model, part)
+            weights = [p for p in module.parameters() if p.ndim > 1]
+            total = sum(p.numel() for p in weights)
+            trained = sum(p.numel() for p in weights if p.requires_grad)
+            upstream_trains = upstream_trains or trained > 0
+            flops = 2.0 * total + 2.0 * trained + (2.0 * total if upstream_trains else 0.0)
+            if part == "language_model":
+                per_token = flops
+            else:
+                per_image += flops * patches
+        return cls(per_token=per_token, per_image=per_image)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # POSIX only
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@dataclass
+class Window:
+    """Sums over the optimizer steps since the last log line."""
+
+    flops: FlopCount | None = None
+    peak: float | None = None
+    loss_sum: float = 0.0
+    supervised: int = 0
+    tokens: int = 0
+    padding: int = 0
+    samples: int = 0
+    images: int = 0
+    data_wait: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def restart(self) -> None:
+        """Begin the next window."""
+        self.loss_sum = self.data_wait = 0.0
+        self.supervised = self.tokens = self.padding = self.samples = self.images = 0
+        self.started = time.perf_counter()
+
+    def line(self, parallel: Parallel, **values: Any) -> dict[str, Any]:
+        """The numbers of a log line; sums are taken over all processes.
+
+        Args:
+            parallel: The processes.
+            **values: step, epoch, grad_norm, lr, skipped: what the window does not know.
+        """
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        samples, supervised, tokens, padding, images = parallel.sum_counts(
+            self.samples, self.supervised, self.tokens, self.padding, self.images
+        )
+        (loss_sum,) = parallel.sum_floats(self.loss_sum)
+        mfu = None
+        if self.flops is not None and self.peak is not None:
+            done = self.flops.per_token * tokens + self.flops.per_image * images
+            mfu = round(done / seconds / parallel.world_size / self.peak, 4)
+        return {
+            "step": values.pop("step"),
+            "epoch": values.pop("epoch"),
+            "loss": loss_sum / max(supervised, 1),
+            **values,
+            "samples_per_s": round(samples / seconds, 3),
+            "tokens_per_s_per_device": round(tokens / seconds / parallel.world_size, 1),
+            "mfu": mfu,
+            "data_wait_pct": round(100 * self.data_wait / seconds, 1),
+            "padding_pct": round(100 * padding / max(tokens + padding, 1), 2),
+            "supervised_pct": round(100 * supervised / max(tokens, 1), 2),
+            "memory_gib": round(peak_memory_gib(parallel.device), 3),
+            "seconds": round(seconds, 3),
+        }
+
+
+class MetricLogger(ABC):
+    """Receives every log line of a run."""
+
+    @abstractmethod
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Take one line."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """The run ends."""
+
+
+class JsonlLogger(MetricLogger):
+    """One JSON object a line in ``log.jsonl``.
+
+    Args:
+        path: The file; lines after `resume_step`, left by a run that was killed, are dropped.
+        resume_step: The last step that counts; 0 for a new run.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        if path.exists():
+            kept = [line for line in read_log(path) if line["step"] <= resume_step]
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append the line."""
+        self._file.write(json.dumps(dict(line)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a ``log.jsonl``; a last line cut off by a kill is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class TensorBoardLogger(MetricLogger):
+    """TensorBoard event files under ``tensorboard/``."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
+        require("tensorboard", extra="train", feature="the logger 'tensorboard'")
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = resume_step + 1 if resume_step else None
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Write every number."""
+        for key, value in line.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(f"train/{key}", value, line["step"])
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._writer.close()
+
+
+class _TrackerLogger(MetricLogger):
+    """wandb and trackio, which share one interface. Sends data away: only on request."""
+
+    module = ""
+
+    def __init__(self, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
+        self._tracker: Any = require(self.module, extra="train", feature=f"the logger {self.module!r}")
+        # One id per run directory, so that a resumed run goes on in the same place.
+        self._tracker.init(project="vlmamba", name=run_dir.name, config=dict(config), resume="allow")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Send every number."""
+        numbers = {f"train/{k}": v for k, v in line.items() if k != "step" and v is not None}
+        self._tracker.log(numbers, step=line["step"])
+
+    def close(self) -> None:
+        """Finish the run there."""
+        self._tracker.finish()
+
+
+class WandbLogger(_TrackerLogger):
+    """Weights & Biases."""
+
+    module = "wandb"
+
+
+class TrackioLogger(_TrackerLogger):
+    """Trackio."""
+
+    module = "trackio"
+
+
+LOGGERS: Registry[Callable[..., MetricLogger]] = Registry("logger")
+LOGGERS.add("tensorboard", TensorBoardLogger)
+LOGGERS.add("wandb", WandbLogger)
+LOGGERS.add("trackio", TrackioLogger)
+
+
+def open_loggers(
+    names: Sequence[str], run_dir: Path, *, resume_step: int, config: Mapping[str, Any]
+) -> list[MetricLogger]:
+    """``log.jsonl`` and the loggers asked for.
+
+    A missing TensorBoard, which is on by default, is only warned about.
+
+    Raises:
+        ConfigError: A name is unknown.
+        MissingDependencyError: The package of wandb or trackio is not installed.
+    """
+    loggers: list[MetricLogger] = [JsonlLogger(run_dir / "log.jsonl", resume_step=resume_step)]
+    for name in dict.fromkeys(n for n in names if n != "jsonl"):
+        try:
+            loggers.append(LOGGERS.get(name)(run_dir, resume_step=resume_step, config=config))
+        except MissingDependencyError as error:
+            if name != "tensorboard":
+                raise
+            logger.warning("%s Going on with log.jsonl alone.", error)
+    return loggers
+
+
+def progress_bar(total: int, initial: int, *, enabled: bool) -> Any:
+    """A tqdm bar over optimizer steps with the time left; plain lines now and then where there is no
+    terminal.
+    """
+    from tqdm.auto import tqdm
+
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        disable=not enabled or os.environ.get("VLMAMBA_PROGRESS") == "0",
+        unit="step",
+        desc="train",
+        dynamic_ncols=interactive,
+        mininterval=0.5 if interactive else 30.0,
+        smoothing=0.1,
+    )
