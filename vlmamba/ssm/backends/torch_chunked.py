@@ -160,13 +160,13 @@ class _Inputs:
         self.delta_chunks = self.delta.unsqueeze(2).split(CHUNK_STEPS)
         self.delta_u_chunks = self.delta_u.unsqueeze(2).split(CHUNK_STEPS)
         self.B_columns = self.B.unsqueeze(3).split(CHUNK_STEPS)
-        self.B_rows = _flat_chunks(self.B, 1)
-        self.C_rows = _flat_chunks(self.C, 1)
+        self.B_rows = _flat_chunks(self.B)
+        self.C_rows = _flat_chunks(self.C)
 
 
-def _flat_chunks(tensor: Tensor, axis: int) -> tuple[Tensor, ...]:
-    """Views of each chunk of an (L, B, X) tensor, (T * B, 1, X) for axis 1 or (T * B, X, 1) for axis 2."""
-    return tensor.flatten(0, 1).unsqueeze(axis).split(CHUNK_STEPS * tensor.shape[1])
+def _flat_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views (T * B, 1, X) of each chunk of a contiguous (L, B, X) tensor."""
+    return tensor.flatten(0, 1).unsqueeze(1).split(CHUNK_STEPS * tensor.shape[1])
 
 
 class _Space:
@@ -227,7 +227,7 @@ def _block_forward(
     else:
         first.copy_(call.initial_state[block.rows, block.channels].transpose(1, 2))
     out = torch.empty_like(x.u)
-    out_rows = _flat_chunks(out, 1)
+    out_rows = _flat_chunks(out)
     saved = first.new_empty(len(marks), *first.shape) if save else None
     end = first
     for chunk, mark in enumerate(marks):
@@ -291,14 +291,15 @@ def _block_backward(
     d_out = torch.zeros_like(x.u) if dy is None else block.take(dy, kind)
     z = None if call.z is None else block.take(call.z, kind)
     inner = d_out if z is None else d_out * F.silu(z)
-    inner_chunks, inner_columns = inner.unsqueeze(2).split(CHUNK_STEPS), _flat_chunks(inner, 2)
-    C_columns, delta_u_columns = x.C.unsqueeze(3).split(CHUNK_STEPS), _flat_chunks(x.delta_u, 2)
+    inner_chunks, inner_rows = inner.unsqueeze(2).split(CHUNK_STEPS), _flat_chunks(inner)
+    C_columns, delta_u_rows = x.C.unsqueeze(3).split(CHUNK_STEPS), _flat_chunks(x.delta_u)
     d_delta, d_delta_u, d_B, d_C, d_A = (torch.empty_like(t) for t in (x.u, x.u, x.B, x.C, x.A))
     d_A.zero_()
-    d_delta_chunks, d_delta_u_rows = d_delta.split(CHUNK_STEPS), _flat_chunks(d_delta_u, 1)
-    d_B_columns, d_C_columns = _flat_chunks(d_B, 2), _flat_chunks(d_C, 2)
+    ones = x.u.new_ones(1, CHUNK_STEPS * x.u.shape[1])
+    d_delta_chunks, d_delta_u_rows = d_delta.split(CHUNK_STEPS), _flat_chunks(d_delta_u)
+    d_B_rows, d_C_rows = _flat_chunks(d_B), _flat_chunks(d_C)
     y = torch.empty_like(x.u) if grads.z is not None else None
-    y_rows = None if y is None else _flat_chunks(y, 1)
+    y_rows = None if y is None else _flat_chunks(y)
     space.carry = torch.zeros_like(space.state_steps[0])
     if d_states is not None and call.last_state:
         space.carry.copy_(d_states[block.rows, block.channels].transpose(1, 2))
@@ -314,15 +315,15 @@ def _block_backward(
         flat = grad.flatten(0, 1)
         if y_rows is not None:
             torch.bmm(x.C_rows[chunk], after, out=y_rows[chunk])
-        torch.bmm(after, inner_columns[chunk], out=d_C_columns[chunk])
-        torch.bmm(flat, delta_u_columns[chunk], out=d_B_columns[chunk])
+        torch.bmm(inner_rows[chunk], after.transpose(1, 2), out=d_C_rows[chunk])
+        torch.bmm(delta_u_rows[chunk], flat.transpose(1, 2), out=d_B_rows[chunk])
         torch.bmm(x.B_rows[chunk], flat, out=d_delta_u_rows[chunk])
         grad.mul_(space.decay[:steps]).mul_(space.states[:steps])
         work = space.work[:steps]
         torch.mul(grad, x.A, out=work)
         torch.sum(work, dim=2, out=d_delta_chunks[chunk])
         torch.mul(grad, x.delta_chunks[chunk], out=work)
-        d_A += work.sum(dim=(0, 1))
+        d_A.view(1, -1).addmm_(ones[:, : flat.shape[0]], work.view(flat.shape[0], -1))
     block.add_matrix(grads.B, d_B)
     block.add_matrix(grads.C, d_C)
     grads.A[block.channels] += d_A.t()
