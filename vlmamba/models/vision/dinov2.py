@@ -70,6 +70,15 @@ class Dinov2Encoder(TransformersEncoder):
         """No mask token (the class with registers has no switch for it)."""
         return {} if config.model_type == _REGISTERS else {"use_mask_token": False}
 
+    def __init__(self, full: Any, model: nn.Module, **settings: Any) -> None:
+        """See `TransformersEncoder.__init__`."""
+        super().__init__(full, model, **settings)
+        embeddings = self.body.embeddings
+        token = embeddings.mask_token
+        if token is not None:  # of no use here, and a parameter without gradient is an error under DDP
+            del embeddings.mask_token
+            embeddings.register_buffer("mask_token", token.detach(), persistent=False)
+
     def prefix_tokens(self) -> int:
         """The class token and the registers."""
         return 1 + int(getattr(self.full_config, "num_register_tokens", 0))

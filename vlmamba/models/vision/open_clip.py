@@ -68,6 +68,7 @@ class OpenClipEncoder(VisionEncoder):
         self.kind = _kind(self.visual)
         self.stage = _cut(self.visual, self.kind, feature_layer, final_norm)
         self._set_image_size(_native_size(self.visual), image_size)
+        _keep_buffers(self.visual)
         self.grid, self.hidden_size = _probe(self)
 
     @classmethod
@@ -110,15 +111,18 @@ class OpenClipEncoder(VisionEncoder):
             result = encoder.visual.load_state_dict(state, strict=False)
         except RuntimeError as error:
             raise CheckpointError(f"{source.weights} does not fit its config: {error}") from error
-        if result.missing_keys:
+        buffers = dict(encoder.visual.named_buffers())
+        missing = [key for key in result.missing_keys if key not in buffers]
+        if missing:
             raise CheckpointError(
-                f"{source.weights} is not complete: {len(result.missing_keys)} tensors of the vision tower "
+                f"{source.weights} is not complete: {len(missing)} tensors of the vision tower "
                 f"are missing, "
-                f"the first of them {', '.join(result.missing_keys[:3])}."
+                f"the first of them {', '.join(missing[:3])}."
             )
         if image_size is not None and image_size != native:
             old = encoder.grid
             encoder._set_image_size(native, image_size)
+            _keep_buffers(encoder.visual)
             encoder.grid, encoder.hidden_size = _probe(encoder)
             if encoder.grid != old:
                 sources.log_resize(cls.family, old, encoder.grid, image_size)
@@ -219,6 +223,15 @@ def _build_visual(model_config: Mapping[str, Any]) -> nn.Module:
         model_config["embed_dim"], CLIPVisionCfg(**settings), quick_gelu=model_config["quick_gelu"]
     )
     return tower
+
+
+def _keep_buffers(visual: nn.Module) -> None:
+    """Put computed tables (rotary angles) into the state dict.
+
+    Whoever loads a saved model onto an empty one of the meta device has no other way to fill them.
+    """
+    for module in visual.modules():
+        module._non_persistent_buffers_set.clear()
 
 
 def _kind(visual: Any) -> str:

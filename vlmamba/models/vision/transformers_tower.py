@@ -141,19 +141,17 @@ class TransformersEncoder(VisionEncoder):
         try:
             with _quiet():
                 model, info = model_class.from_pretrained(
-                    path, config=truncated, output_loading_info=True, dtype=dtype or torch.float32
+                    path,
+                    config=truncated,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # told below, with the shapes
+                    dtype=dtype or torch.float32,
                 )
         except OSError as error:
             raise MissingFileError(sources.missing(path, cls.family, str(error).splitlines()[0])) from error
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit the {cls.family} family: {error}") from error
-        lost = sorted(str(key) for key in info["missing_keys"])
-        if lost:
-            raise CheckpointError(
-                f"{path} is not a complete {cls.family} vision checkpoint: {len(lost)} tensors are missing, "
-                f"the first of "
-                f"them {', '.join(lost[:3])}. Download it again ({sources.advice(path, cls.family)})."
-            )
+        _check_loading(info, path, cls.family)
         native = cls.native_size(full)
         encoder = cls(
             full,
@@ -236,10 +234,12 @@ class TransformersEncoder(VisionEncoder):
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """See `VisionEncoder.set_gradient_checkpointing`."""
         model: Any = self.model
-        if enabled:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
+        if not enabled:
             model.gradient_checkpointing_disable()
+        elif hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # ---- describing ----
     def config_dict(self) -> dict[str, Any]:
@@ -267,6 +267,24 @@ class TransformersEncoder(VisionEncoder):
             "std": list(chosen["std"]),
             "resample": chosen["resample"],
         }
+
+
+def _check_loading(info: Mapping[str, Any], path: str, family: str) -> None:
+    """Raise for tensors that are missing or of another shape."""
+    wrong = sorted(str(key) for key in info.get("mismatched_keys") or ())
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit the {family} family as its config.json describes it: {len(wrong)} tensors "
+            f"have another "
+            f"shape, the first of them {wrong[0]} (in the file, in the model)."
+        )
+    lost = sorted(str(key) for key in info["missing_keys"])
+    if lost:
+        raise CheckpointError(
+            f"{path} is not a complete {family} vision checkpoint: {len(lost)} tensors are missing, the "
+            f"first of "
+            f"them {', '.join(lost[:3])}. Download it again ({sources.advice(path, family)})."
+        )
 
 
 def _square(value: Any, name: str) -> int:
