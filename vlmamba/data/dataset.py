@@ -157,7 +157,7 @@ class VLDataset(Dataset[Item]):
         self._check(encoded, images, sample)
         prompt, total = _first_label(encoded.labels), len(encoded.input_ids)
         events: list[str] = []
-        while len(encoded.input_ids) > self.max_length and self._last_image(encoded) > self.max_length:
+        while self._ends_in_image(encoded):
             shorter = _without_last_exchange(messages)
             if shorter is None:
                 raise self._too_long(sample, prompt, total)
@@ -168,7 +168,7 @@ class VLDataset(Dataset[Item]):
         ids, labels = list(encoded.input_ids), list(encoded.labels)
         if len(ids) > self.max_length:
             labels = labels[: self.max_length]
-            end = max(_last_label(labels) + 1, self._last_image(encoded))
+            end = _last_label(labels) + 1
             ids, labels = ids[:end], labels[:end]
             events.append("truncated")
         fitted = Fitted(ids, labels, images, tuple(events))
@@ -257,12 +257,13 @@ class VLDataset(Dataset[Item]):
                 f"{len(encoded.input_ids)} ids but {len(encoded.labels)} labels from the processor"
             )
 
-    def _last_image(self, encoded: Encoded) -> int:
-        """Position after the last image token; 0 without images."""
-        if not encoded.num_images:
-            return 0
+    def _ends_in_image(self, encoded: Encoded) -> bool:
+        """Whether cutting at `max_length` leaves an image that no supervised token follows, or cuts into it."""
+        if len(encoded.input_ids) <= self.max_length or not encoded.num_images:
+            return False
         image = self.processor.image_token_id
-        return next((i for i in range(len(encoded.input_ids), 0, -1) if encoded.input_ids[i - 1] == image), 0)
+        last = max(i for i, token in enumerate(encoded.input_ids) if token == image)
+        return last > _last_label(encoded.labels[: self.max_length])
 
     def _too_long(self, sample: Sample, prompt: int, total: int) -> RowError:
         images = (

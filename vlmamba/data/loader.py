@@ -253,5 +253,5 @@ class _MicroBatches(Dataset[Batch]):
         return item
 
 
-def _as_is(batch: Any) -> Any:  # noqa: ANN401
+def _as_is(batch: Any) -> Any:
     return batch

@@ -92,7 +92,9 @@ class Processor(Protocol):
         """``image_processor(images) -> {"pixel_values": (n, C, S, S)}``."""
         ...
 
-    def encode_messages(self, messages: list[Message], add_generation_prompt: bool = False) -> Encoded: ...  # noqa: D102
+    def encode_messages(self, messages: list[Message], *, add_generation_prompt: bool = False) -> Encoded:
+        """Ids and labels of a conversation."""
+        ...
 
 
 class RowError(DataError):
