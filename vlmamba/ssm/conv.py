@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmamba.errors import ShapeError
 from vlmamba.ssm.checks import check_device, check_integers, check_shape
 from vlmamba.ssm.registry import choose_backend
-from vlmamba.ssm.spec import ConvCall, ScanSpec, segment_runs
+from vlmamba.ssm.spec import ConvCall, ScanSpec, no_autocast, segment_runs
 
 
 def causal_conv1d(
@@ -88,7 +88,7 @@ def causal_conv1d(
     )
     extended, ids = _with_history(x, seq_idx, initial_state, reverse)
     lead = extended.shape[1] - length
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         call = ConvCall(extended, weight, bias, activation, ids, reverse, lead)
         chosen = choose_backend(spec, backend)
         assert chosen.conv is not None

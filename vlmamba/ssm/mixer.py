@@ -176,8 +176,9 @@ class MambaMixer(nn.Module):
         initial = None if state is None else state.conv
         inner = self._convolve(x, seq_idx=seq_idx, initial_state=initial, reverse=reverse)
         dt, B, C = self._time_step_and_matrices(inner)
-        last = None
+        initial_ssm = last = None
         if state is not None:
+            initial_ssm = state.ssm.clone() if torch.is_grad_enabled() else state.ssm
             last = state_at if state_at is not None else self._last_positions(x, reverse)
         scanned = selective_scan(
             inner,
@@ -188,7 +189,7 @@ class MambaMixer(nn.Module):
             self.D,
             gate,
             seq_idx=seq_idx,
-            initial_state=None if state is None else state.ssm,
+            initial_state=initial_ssm,
             reverse=reverse,
             state_at=None if last is None else last.unsqueeze(1),
         )

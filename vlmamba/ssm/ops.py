@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmamba.errors import ShapeError
 from vlmamba.ssm.checks import check_device, check_dtype, check_integers, check_shape, grouped
 from vlmamba.ssm.registry import choose_backend
-from vlmamba.ssm.spec import ScanCall, ScanSpec, compute_dtype
+from vlmamba.ssm.spec import ScanCall, ScanSpec, compute_dtype, no_autocast
 
 
 def selective_scan(
@@ -90,7 +90,7 @@ def selective_scan(
         return_last_state,
     )
     spec = _spec_of(call)
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u.device):
         y, states = choose_backend(spec, backend).scan(call)
     return y if states is None else (y, states)
 
@@ -145,7 +145,7 @@ def selective_state_update(
         raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
     groups = B.shape[1]
     kind = compute_dtype(u.dtype)
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u.device):
         x = u.to(kind)
         delta = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
         delta = F.softplus(delta) if dt_softplus else delta

@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from vlmamba.errors import BackendError
@@ -28,7 +27,7 @@ BACKENDS: Registry[Backend] = Registry("state-space backend")
 BACKENDS.add("reference", "vlmamba.ssm.backends.reference:BACKEND")
 BACKENDS.add("torch", "vlmamba.ssm.backends.torch_chunked:BACKEND")
 
-_forced: ContextVar[str | None] = ContextVar("vlmamba_ssm_backend", default=None)
+_forced: list[str | None] = []
 _logged: set[tuple[object, ...]] = set()
 
 
@@ -60,27 +59,27 @@ def get_backend(name: str) -> Backend:
 def use_backend(name: str | None) -> Iterator[None]:
     """Let every call inside the `with` block that names no backend use this one (None: choose automatically).
 
-    It comes before VLMAMBA_SSM_BACKEND and after the `backend=` argument of a call.
+    It comes before VLMAMBA_SSM_BACKEND and after the `backend=` argument of a call, and holds in all threads,
+    so that a layer computed again in backward (activation checkpointing) meets the same backend.
 
     Raises:
         BackendError: The name is unknown (at once), or the backend cannot serve a call (at that call).
     """
     if name is not None:
         get_backend(name)
-    token = _forced.set(name or "")
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def requested_backend(name: str | None = None) -> tuple[str | None, str]:
     """The backend asked for, if any, and who asks for it, in words."""
     if name is not None:
         return name, "backend="
-    forced = _forced.get()
-    if forced is not None:
-        return forced or None, "use_backend"
+    if _forced:
+        return _forced[-1], "use_backend"
     return os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
 
 

@@ -6,6 +6,7 @@ Shape legend: B batch, L length, D channels, N state size, G groups, K conv kern
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -138,6 +139,13 @@ class Backend:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and arithmetic: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which mixed precision is off; the operations choose their own dtypes."""
+    if not torch.amp.autocast_mode.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def segment_starts(seq_idx: Tensor, *, reverse: bool = False) -> Tensor:

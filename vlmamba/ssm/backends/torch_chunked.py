@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmamba.ssm.backends.torch_conv import conv
-from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict, compute_dtype, segment_starts
+from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict, compute_dtype, no_autocast, segment_starts
 
 BLOCK_ELEMENTS = 32768
 """Most elements of one step of a block: ATen starts its threads above it, which costs more than a step."""
@@ -66,6 +66,8 @@ class _Block:
 
 def _blocks(batch: int, width: int, size: int, directions: tuple[bool, ...]) -> list[_Block]:
     """Cut rows and channels so that a step has at most BLOCK_ELEMENTS elements, rows first."""
+    if not batch or not width:
+        return []
     channels = -(-width // -(-width * size // BLOCK_ELEMENTS))
     rows = max(1, min(batch, BLOCK_ELEMENTS // (channels * size)))
     rows = -(-batch // -(-batch // rows))
@@ -252,27 +254,23 @@ def _block_forward(
 
 
 class _Gradients:
-    """Gradients of a call, in the layouts of its arguments and the dtype of the arithmetic."""
+    """Gradients of a call in the layouts of its arguments; those that add up over blocks are kept precise."""
 
-    def __init__(self, call: ScanCall, *, wants_z: bool) -> None:
+    def __init__(self, call: ScanCall, *, wants_A: bool, wants_z: bool) -> None:
         kind = compute_dtype(call.u.dtype)
 
-        def like(tensor: Tensor, dtype: torch.dtype, fill: bool) -> Tensor:
-            return (
-                torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
-                if fill
-                else tensor.new_empty(tensor.shape, dtype=dtype)
-            )
+        def zeros(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.new_zeros(tensor.shape, dtype=kind)
 
-        self.u = like(call.u, call.u.dtype, False)
-        self.dt = like(call.dt, call.dt.dtype, False)
-        self.z = like(call.z, call.z.dtype, False) if call.z is not None and wants_z else None
-        self.A = like(call.A, kind, True)
-        self.B = like(call.B, kind, True)
-        self.C = like(call.C, kind, True)
-        self.D = None if call.D is None else like(call.D, kind, True)
-        self.dt_bias = None if call.dt_bias is None else like(call.dt_bias, kind, True)
-        self.initial_state = None if call.initial_state is None else torch.empty_like(call.initial_state)
+        self.u = call.u.new_empty(call.u.shape)
+        self.dt = call.dt.new_empty(call.dt.shape)
+        self.z = call.z.new_empty(call.z.shape) if call.z is not None and wants_z else None
+        self.A = zeros(call.A) if wants_A else None
+        self.B = call.B.new_zeros(call.B.shape, dtype=kind)
+        self.C = call.C.new_zeros(call.C.shape, dtype=kind)
+        self.D = zeros(call.D)
+        self.dt_bias = zeros(call.dt_bias)
+        self.initial_state = zeros(call.initial_state)
 
 
 def _block_backward(
@@ -322,11 +320,14 @@ def _block_backward(
         work = space.work[:steps]
         torch.mul(grad, x.A, out=work)
         torch.sum(work, dim=2, out=d_delta_chunks[chunk])
+        if grads.A is None:
+            continue
         torch.mul(grad, x.delta_chunks[chunk], out=work)
         d_A.view(1, -1).addmm_(ones[:, : flat.shape[0]], work.view(flat.shape[0], -1))
     block.add_matrix(grads.B, d_B)
     block.add_matrix(grads.C, d_C)
-    grads.A[block.channels] += d_A.t()
+    if grads.A is not None:
+        grads.A[block.channels] += d_A.t()
     if grads.initial_state is not None:
         grads.initial_state[block.rows, block.channels] = space.carry.transpose(1, 2)
     _finish_block(call, block, x, grads, d_delta, d_delta_u, inner, d_out, z, y)
@@ -396,8 +397,8 @@ class _ChunkedScan(torch.autograd.Function):
         *tensors, seq_idx, state_at = stored[:11]
         saved = stored[11:]
         call = _call(tensors, seq_idx, state_at, ctx.fixed)
-        grads = _Gradients(call, wants_z=ctx.needs_input_grad[7])
-        with torch.autocast(call.u.device.type, enabled=False):
+        grads = _Gradients(call, wants_A=ctx.needs_input_grad[3], wants_z=ctx.needs_input_grad[7])
+        with no_autocast(call.u.device):
             for block, states in zip(ctx.plan.blocks, saved, strict=True):
                 _block_backward(call, block, ctx.plan, states, dy, d_states, grads)
         ctx.plan.free()
