@@ -14,6 +14,7 @@ from torch import nn
 
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError, ShapeError
 from vlmamba.models.vision import VisionEncoder, build_vision_encoder, load_vision_encoder
+from vlmamba.models.vision.sources import looks_like_hub_id
 
 TINY = {
     "hidden_size": 32,
@@ -367,6 +368,15 @@ def test_a_missing_directory_is_named_with_where_to_get_it(tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingFileError, match=r"the directory has no config\.json"):
         load_vision_encoder("dinov2", str(tmp_path / "empty"))
+
+
+def test_relative_paths_are_not_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No download is tried for a path whose folder is only not there yet."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("checkpoints/mine", "somewhere/dinov2-large", "a/b/c"):
+        with pytest.raises(MissingFileError, match=rf"no dinov2 checkpoint at {path} \(no such directory\)"):
+            load_vision_encoder("dinov2", path)
+    assert looks_like_hub_id("facebook/dinov2-large") and looks_like_hub_id("someone/some-model")
 
 
 def test_a_directory_without_weights_says_so(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Dinov2Encoder(TransformersEncoder):
         """See `TransformersEncoder.__init__`."""
         super().__init__(full, model, **settings)
         embeddings = self.body.embeddings
-        token = embeddings.mask_token
+        token = getattr(embeddings, "mask_token", None)
         if token is not None:  # of no use here, and a parameter without gradient is an error under DDP
             del embeddings.mask_token
             embeddings.register_buffer("mask_token", token.detach(), persistent=False)

@@ -16,12 +16,16 @@ from vlmamba.models.vision.presets import FAMILY_HUB_IDS, HUB_IDS
 logger = logging.getLogger(__name__)
 
 RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_LOCAL_NAMES = ("checkpoints", "weights", "models", "runs", "data", "playground")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def looks_like_hub_id(path: str) -> bool:
-    """True for ``owner/name`` that is no existing path and no obvious local one."""
-    return bool(_HUB_ID.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.exists()
+    """True for ``owner/name`` that is no path, existing or plainly meant to be one."""
+    owner, _, name = path.partition("/")
+    if not _HUB_ID.fullmatch(path) or Path(path).exists() or Path(owner).exists() or owner in _LOCAL_NAMES:
+        return False
+    return HUB_IDS.get(name, path) == path
 
 
 def resolve(path: str, family: str) -> str:
@@ -46,17 +50,16 @@ def resolve(path: str, family: str) -> str:
 def advice(path: str, family: str) -> str:
     """A command that gets the checkpoint meant by a path."""
     name = Path(path).name
-    hub_id = path if _HUB_ID.fullmatch(path) and "checkpoints" not in path else None
-    hub_id = HUB_IDS.get(name) or hub_id or FAMILY_HUB_IDS.get(family)
-    if hub_id is None:
-        return "give the directory of a checkpoint or a hub id"
-    target = path if hub_id != path else f"checkpoints/{name}"
-    return f"hf download {hub_id} --local-dir {target}"
+    if looks_like_hub_id(path):
+        return f"hf download {path} --local-dir checkpoints/{name}"
+    hub_id = HUB_IDS.get(name) or FAMILY_HUB_IDS.get(family)
+    return f"hf download {hub_id} --local-dir {path}" if hub_id else "give the directory of a checkpoint"
 
 
 def missing(path: str, family: str, reason: str) -> str:
     """The message for a checkpoint that is not there."""
-    return f"no {family} checkpoint at {path} ({reason}). Get one with: {advice(path, family)}"
+    hint = " (if that is a hub id; no local directory has that name)" if looks_like_hub_id(path) else ""
+    return f"no {family} checkpoint at {path} ({reason}). Get one with: {advice(path, family)}{hint}"
 
 
 def read_config(path: str, family: str, filename: str = "config.json") -> dict[str, Any]:
