@@ -1,0 +1,1 @@
+"""Benchmarks, one file each: ``task(annotations=..., images=...) -> Task``, loaded by path."""
