@@ -1,0 +1,111 @@
+"""Inputs and comparisons shared by the tests of the state-space core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmamba.ssm import selective_scan
+from vlmamba.ssm.registry import BACKENDS, ENVIRONMENT_VARIABLE, get_backend
+
+
+def _here() -> list[str]:
+    return [name for name in BACKENDS.names() if get_backend(name).available() is True]
+
+
+@pytest.fixture(autouse=True)
+def _fixed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(params=_here())
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that runs on this machine."""
+    return str(request.param)
+
+
+@pytest.fixture
+def scan_inputs() -> Callable[..., dict[str, Tensor]]:
+    """Makes the floating-point arguments of a scan, in float64."""
+
+    def make(
+        batch: int = 2, length: int = 9, channels: int = 8, size: int = 4, groups: int = 1, **drop: bool
+    ):
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64)
+
+        tensors = {
+            "u": noise(batch, length, channels),
+            "dt": noise(batch, length, channels),
+            "A": -torch.exp(noise(channels, size) * 0.5),
+            "B": noise(batch, length, groups, size),
+            "C": noise(batch, length, groups, size),
+            "D": noise(channels),
+            "z": noise(batch, length, channels),
+            "dt_bias": noise(channels),
+            "initial_state": noise(batch, channels, size),
+        }
+        return {name: tensor for name, tensor in tensors.items() if drop.get(name, True)}
+
+    return make
+
+
+@pytest.fixture
+def run_with_gradients() -> Callable[..., dict[str, Tensor]]:
+    """Runs a scan in some dtype and gives its outputs and all gradients, in float64, by name."""
+
+    def run(
+        inputs: dict[str, Tensor], dtype: torch.dtype, function=selective_scan, **options
+    ) -> dict[str, Tensor]:
+        leaves = {name: tensor.to(dtype).detach().clone().requires_grad_() for name, tensor in inputs.items()}
+        outputs = function(**leaves, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator = torch.Generator().manual_seed(1)
+        loss = torch.zeros((), dtype=torch.float64)
+        for output in outputs:
+            weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+            loss = loss + (output.double() * weight).sum()
+        loss.backward()
+        found = {f"output {i}": output.detach().double() for i, output in enumerate(outputs)}
+        for name, leaf in leaves.items():
+            found[f"d{name}"] = torch.zeros_like(leaf).double() if leaf.grad is None else leaf.grad.double()
+        return found
+
+    return run
+
+
+@pytest.fixture
+def assert_near() -> Callable[..., None]:
+    """Compares dictionaries of tensors (or two tensors) relative to the largest value of each."""
+
+    def check(got, want, tolerance: float = 1e-5) -> None:
+        if isinstance(got, Tensor):
+            got, want = {"value": got}, {"value": want}
+        assert got.keys() == want.keys()
+        for name in want:
+            assert got[name].shape == want[name].shape, name
+            if want[name].numel() == 0:
+                continue
+            assert torch.isfinite(got[name]).all(), name
+            error = (got[name] - want[name]).abs().max() / want[name].abs().max().clamp_min(1e-12)
+            assert error <= tolerance, f"{name}: relative error {float(error):.2e}"
+
+    return check
+
+
+@pytest.fixture
+def segments() -> Callable[..., Tensor]:
+    """Makes seq_idx from the lengths of the segments of each row."""
+
+    def make(*rows: list[int]) -> Tensor:
+        return torch.tensor(
+            [[number for number, length in enumerate(row) for _ in range(length)] for row in rows],
+            dtype=torch.int32,
+        )
+
+    return make
