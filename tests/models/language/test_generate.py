@@ -114,7 +114,7 @@ def test_a_second_turn_of_unequal_lengths(lm, ids, side):
         second, second_mask = second.flip(1), second_mask.flip(1)
     lm(second, attention_mask=second_mask, past_key_values=cache)
     assert cache.get_seq_length() == 14
-    after = lm(torch.tensor([[40], [40], [40]]), past_key_values=cache).logits[:, -1]
+    after = lm(torch.tensor([[40], [40], [40]]), past_key_values=cache, use_cache=False).logits[:, -1]
     for row, length in enumerate(LENGTHS):
         text = [*ids[row, :length].tolist(), *second[row][second_mask[row] == 1].tolist(), 40]
         torch.testing.assert_close(after[row], lm(torch.tensor([text])).logits[0, -1], atol=1e-5, rtol=1e-5)
@@ -146,6 +146,27 @@ def test_cache_operations(lm, ids):
     torch.testing.assert_close(lm(ids[:2], past_key_values=cache).logits, lm(ids[:2]).logits)
 
 
+def test_packed_rows_are_not_generated_from(lm, ids):
+    with pytest.raises(ShapeError, match="pass them as padded rows, without seq_idx"):
+        generate(lm, ids, seq_idx=torch.zeros_like(ids))
+
+
+def test_bf16_model_and_autocast(lm, ids):
+    import copy
+
+    wanted = lm(ids).logits
+    half = copy.deepcopy(lm).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        close = lm(ids, labels=ids)
+        text = generate(lm, ids)
+    close.loss.backward()
+    assert {parameter.grad.dtype for parameter in lm.parameters()} == {torch.float32}
+    scale = wanted.abs().max()
+    assert (close.logits - wanted).abs().max() < 0.03 * scale
+    assert (half(ids).logits - wanted).abs().max() < 0.03 * scale
+    assert generate(half, ids).shape == text.shape == (3, 23)
+
+
 def test_streaming(lm, ids):
     pieces = []
 
@@ -158,4 +179,4 @@ def test_streaming(lm, ids):
 
     out = generate(lm, ids[:1], streamer=Streamer())
     assert pieces[-1] == "end"
-    assert sum(pieces[:-1], []) == out[0].tolist()
+    assert [token for piece in pieces[:-1] for token in piece] == out[0].tolist()

@@ -72,10 +72,10 @@ def load_language_model(path: str | Path, dtype: torch.dtype | str | None = None
         MissingFileError: No such directory, or files are missing in it.
         CheckpointError: The weights do not fit the config.
     """
-    from vlmamba.models.language.loading import read_config, resolve_directory
+    from vlmamba.models.language.loading import model_options, read_config, resolve_directory
 
     directory = resolve_directory(path, **options)
-    return language_family(read_config(directory)).load(directory, dtype, **options)
+    return language_family(read_config(directory)).load(directory, dtype, **model_options(options))
 
 
 def run_language_model(

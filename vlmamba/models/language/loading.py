@@ -26,6 +26,11 @@ from vlmamba.models.language.weights import (
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
+def model_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are about the model, not about where its files are."""
+    return {key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "subfolder")}
+
+
 def resolve_directory(path: str | Path, **options: Any) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded (safetensors if it has them, else pickles).
 
@@ -127,7 +132,7 @@ def load_mamba(
         **options: Handed on, less those about the hub.
     """
     directory = resolve_directory(path, **options)
-    kept = {key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "subfolder")}
+    kept = model_options(options)
     with_info = kept.pop("output_loading_info", False)
     any_shape = kept.get("ignore_mismatched_sizes", False)
     config = kept.pop("config", None)
@@ -163,11 +168,7 @@ def load_strictly(auto_class: Any, path: str | Path, **options: Any) -> nn.Modul
     for file in weight_files(directory):
         if file.suffix != ".safetensors":
             load_state_dict_file(file)
-    kept = {
-        key: value
-        for key, value in options.items()
-        if key not in (*HUB_OPTIONS, "subfolder") and value is not None
-    }
+    kept = {key: value for key, value in model_options(options).items() if value is not None}
     model, info = auto_class.from_pretrained(
         directory, output_loading_info=True, ignore_mismatched_sizes=True, **kept
     )

@@ -255,16 +255,13 @@ class MambaLM(PreTrainedModel, GenerationMixin):
         return output if use_dict else output.to_tuple()
 
     def cache_for(self, cache: MambaCache | None, use_cache: bool | None) -> MambaCache | None:
-        """The cache of this pass: the given one, a fresh one, or none."""
+        """The cache of this pass: the given one, a fresh one, or none (as under gradient checkpointing)."""
         if self.training and any(block.gradient_checkpointing for block in self.backbone.layers):
             return None
-        if use_cache is None:
-            recording = self.training or torch.is_grad_enabled()
-            use_cache = cache is not None or (self.config.use_cache and not recording)
-        if not use_cache:
-            return None
         if cache is None:
-            return MambaCache()
+            recording = self.training or torch.is_grad_enabled()
+            wanted = self.config.use_cache and not recording if use_cache is None else use_cache
+            return MambaCache() if wanted else None
         if not isinstance(cache, MambaCache):
             raise ShapeError(
                 f"past_key_values is a {type(cache).__name__} but MambaLM continues a MambaCache; "
@@ -283,7 +280,15 @@ class MambaLM(PreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """One step's inputs for `generate`: the mask matters at the prompt only."""
+        """One step's inputs for `generate`: the mask matters at the prompt only.
+
+        Raises:
+            ShapeError: `seq_idx` was given; the samples of a packed row cannot be continued.
+        """
+        if seq_idx is not None:
+            raise ShapeError(
+                "generate continues rows, not packed samples: pass them as padded rows, without seq_idx"
+            )
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects: files, two-way key maps, and the conversion of whole directories."""
