@@ -26,7 +26,6 @@ from vlmamba.models.language import (
     load_language_model,
     load_tokenizer,
     read_config,
-    resolve_directory,
 )
 from vlmamba.models.language.loading import resolve_directory
 from vlmamba.models.modeling import VLMambaForConditionalGeneration

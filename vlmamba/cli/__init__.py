@@ -1,0 +1,64 @@
+"""The ``vlmamba`` command: one verb a file, imported when it is asked for.
+
+Errors meant for users are printed without a traceback and give exit code 2; an interrupted command gives 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from vlmamba import __version__
+from vlmamba.errors import VLMambaError
+
+VERBS = {
+    "train": "train a recipe: vlmamba train train/vl_mamba.py:pretrain --optim.lr 1e-3",
+    "eval": "measure a checkpoint: vlmamba eval runs/quickstart/finetune --tasks playground",
+    "chat": "talk with a checkpoint in the terminal",
+    "report": "write a page with losses, scores and answers of finished runs",
+    "convert": "convert checkpoints between layouts (transformers, state-spaces, LLaVA, Cobra)",
+    "info": "versions, devices, scan backends (and why not), connectors, encoders, templates",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Words after ``vlmamba``; those of the process when left out.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="vlmamba",
+        description="Train, compare and use vision-language models whose language model is Mamba.",
+        epilog="\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vlmamba {__version__}")
+    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help=", ".join(VERBS))
+    if not words or words[0].startswith("-"):
+        parser.parse_args(words or ["--help"])
+    verb = parser.parse_args(words[:1]).verb
+    logging.basicConfig(level=os.environ.get("VLMAMBA_LOG", "INFO").upper(), format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    command = importlib.import_module(f"vlmamba.cli.{'evaluate' if verb == 'eval' else verb}")
+    try:
+        return int(command.run(words[1:]) or 0)
+    except VLMambaError as error:
+        print(f"vlmamba {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vlmamba {verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,216 @@
+"""``vlmamba chat CHECKPOINT``: a conversation in the terminal, images by path, answers as they are written.
+
+A path typed, pasted or dragged into the line (quoted, escaped, or as ``file://`` URL) becomes an image of that turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from vlmamba.errors import ImageError, VLMambaError
+
+HELP = """\
+Type a question. A path to a picture anywhere in the line (drag the file in) shows it to the model.
+  /image PATH   show a picture with the next question
+  /new          forget the conversation
+  /system TEXT  begin again with a system message
+  /help         this text
+  /exit         leave (also Ctrl-D)"""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the verb."""
+    parser = argparse.ArgumentParser(prog="vlmamba chat", description="Talk with a model.", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="a finished run (runs/NAME) or an exported model directory")
+    parser.add_argument("--image", action="append", default=[], help="picture for the first question (repeatable)")
+    parser.add_argument("--question", help="ask this once, print the answer and leave")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    arguments = parser.parse_args(words)
+    session = Session.load(arguments)
+    session.pending = [open_picture(path) for path in arguments.image]
+    if arguments.question is not None:
+        session.ask(arguments.question)
+        return 0
+    print(HELP)
+    while True:
+        try:
+            line = input("\nyou> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if line in ("/exit", "/quit"):
+            return 0
+        try:
+            session.handle(line)
+        except VLMambaError as error:
+            print(f"! {error}")
+
+
+class Session:
+    """One conversation with one model.
+
+    Args:
+        model: The model, in eval mode.
+        processor: Its processor.
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, max_new_tokens: int, temperature: float) -> None:
+        self.model, self.processor = model, processor
+        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            self.options["temperature"] = temperature
+        self.messages: list[dict[str, Any]] = []
+        self.pending: list[Any] = []
+
+    @classmethod
+    def load(cls, arguments: argparse.Namespace) -> Session:
+        """Load the model that the command line names."""
+        import torch
+
+        from vlmamba.models.builder import load_model
+
+        device = arguments.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        model, processor = load_model(arguments.checkpoint, dtype)
+        return cls(
+            model.to(device), processor, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature
+        )
+
+    def handle(self, line: str) -> None:
+        """One line of the user: a command or a question."""
+        command, _, rest = line.partition(" ")
+        if not line:
+            return
+        if command == "/help":
+            print(HELP)
+        elif command == "/new":
+            self.messages, self.pending = [], []
+            print("(a new conversation)")
+        elif command == "/system":
+            self.messages, self.pending = [{"role": "system", "content": rest}], []
+            print("(a new conversation)")
+        elif command == "/image":
+            self.pending.append(open_picture(_path_of(rest)))
+            print(f"({_size(self.pending[-1])}; it goes with your next question)")
+        elif command.startswith("/") and not _looks_like_picture(command):
+            print(f"! unknown command {command}; /help lists the commands")
+        else:
+            text, paths = split_paths(line)
+            self.pending += [open_picture(path) for path in paths]
+            if text:
+                self.ask(text)
+            else:
+                print("(picture taken; it goes with your next question)")
+
+    def ask(self, text: str) -> str:
+        """Ask, print the answer while it comes, and remember both."""
+        images = [{"type": "image", "image": picture} for picture in self.pending]
+        content = [*images, {"type": "text", "text": ("\n" if images else "") + text}]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        answer = "".join(self._stream(messages)).strip()
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.pending = []
+        return answer
+
+    def _stream(self, messages: list[dict[str, Any]]) -> list[str]:
+        from transformers import TextIteratorStreamer
+
+        inputs = self.processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_tensors="pt"
+        ).to(self.model.device)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                self.model.generate(**inputs, **self.options, streamer=streamer)
+            except Exception as error:  # noqa: BLE001 - raised again below, in the thread that asked
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        pieces: list[str] = []
+        for piece in streamer:
+            shown = piece if pieces else piece.lstrip()
+            if shown:
+                print(shown, end="", flush=True)
+                pieces.append(shown)
+        thread.join()
+        print()
+        if failure:
+            raise failure[0]
+        return pieces
+
+
+def open_picture(path: str | Path) -> Any:
+    """Open a picture that a user named.
+
+    Raises:
+        ImageError: There is none, or it cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(Path(path).expanduser()) as picture:
+            picture.load()
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no file {path} (looked from {Path.cwd()})") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def split_paths(line: str) -> tuple[str, list[str]]:
+    """Take the paths of existing pictures out of a line.
+
+    Returns:
+        What is left of the line, and the paths in order.
+    """
+    paths = []
+    rest = []
+    # A word may be quoted or hold escaped spaces, as terminals paste a dragged file.
+    for word in re.findall(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s'"\\])+|\S""", line):
+        path = _path_of(word)
+        if _looks_like_picture(path):
+            paths.append(path)
+        else:
+            rest.append(word)
+    return (" ".join(rest) if paths else line), paths
+
+
+def _path_of(word: str) -> str:
+    text = word.strip()
+    try:
+        parts = shlex.split(text)
+    except ValueError:
+        parts = [text]
+    path = parts[0] if len(parts) == 1 else text
+    if path.startswith("file://"):
+        path = urllib.parse.unquote(urllib.parse.urlparse(path).path)
+    return path
+
+
+def _looks_like_picture(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES) and Path(path).expanduser().is_file()
+
+
+def _size(picture: Any) -> str:
+    return f"{picture.width} x {picture.height} pixels"
+
+
