@@ -26,7 +26,7 @@ class FakeEncoded:
 
 
 class FakeProcessor:
-    """A character is a token, an image `num_image_tokens`, an answer is followed by the end token (= padding)."""
+    """A character is a token, an image `num_image_tokens`; the end token (= padding) follows an answer."""
 
     pad_token_id = PAD
     image_token_id = IMAGE

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.conftest import FakeProcessor, WriteRows, chat, text_of
 from PIL import Image
 
+from tests.data.conftest import FakeProcessor, WriteRows, chat, text_of
 from vlmamba.data import LLaVASource, RowError, VLDataset, build_loader, compute_lengths
 from vlmamba.data.sampler import PlanSettings
 from vlmamba.errors import DataError, MissingFileError

@@ -132,7 +132,7 @@ def test_a_file_changed_in_use(write: WriteRows) -> None:
 
 def test_images_without_a_root(write: WriteRows) -> None:
     source = write([{"id": 1, "image": "a.png", "conversations": chat("<image>q", "a")}], image_root=None)
-    with pytest.raises(RowError, match="names the image 'a.png' but the source has no image_root"):
+    with pytest.raises(RowError, match=r"names the image 'a.png' but the source has no image_root"):
         source[0]
 
 
@@ -150,6 +150,6 @@ def test_protocol_and_registry(write: WriteRows, root: Path) -> None:
     assert isinstance(source, Source)
     built = build_source("llava", annotations=source.rows.path, image_root=root)
     assert built[0] == source[0]
-    with pytest.raises(ConfigError, match="unknown data source 'lava'. Did you mean 'llava'"):
+    with pytest.raises(ConfigError, match=r"unknown data source 'lava'. Did you mean 'llava'"):
         build_source("lava")
     assert isinstance(pickle.loads(pickle.dumps(RowError("r", "w", 3, "image"))), RowError)

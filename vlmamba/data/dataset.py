@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -144,7 +144,7 @@ class VLDataset(Dataset[Item]):
         """The row as read, with `image_position` applied; no picture is opened."""
         sample = self.mixture[index]
         messages = place_images(sample.messages, self.image_position)
-        return Sample(**{**sample.__dict__, "messages": messages})
+        return replace(sample, messages=messages)
 
     def fit(self, sample: Sample) -> Fitted:
         """Tokens and labels within `max_length` (the rules are in the class's docstring).
@@ -258,7 +258,7 @@ class VLDataset(Dataset[Item]):
             )
 
     def _ends_in_image(self, encoded: Encoded) -> bool:
-        """Whether cutting at `max_length` leaves an image that no supervised token follows, or cuts into it."""
+        """Whether a cut at `max_length` falls into an image or leaves one that no label follows."""
         if len(encoded.input_ids) <= self.max_length or not encoded.num_images:
             return False
         image = self.processor.image_token_id
@@ -266,18 +266,15 @@ class VLDataset(Dataset[Item]):
         return last > _last_label(encoded.labels[: self.max_length])
 
     def _too_long(self, sample: Sample, prompt: int, total: int) -> RowError:
-        images = (
-            f", {len(sample.images)} images of {self.processor.num_image_tokens} among them"
-            if sample.images
-            else ""
-        )
-        return RowError(
+        if total <= self.max_length:
+            return RowError("no token of the row can be supervised", sample.where, sample.id, "no_label")
+        count, size = len(sample.images), self.processor.num_image_tokens
+        images = f" ({count} images of {size} among them)" if count else ""
+        reason = (
             f"no supervised token fits: the row has {total} tokens{images}, its first answer begins after "
-            f"{prompt}, and max_length is {self.max_length}",
-            sample.where,
-            sample.id,
-            "too_long" if total > self.max_length else "no_label",
+            f"{prompt}, and max_length is {self.max_length}"
         )
+        return RowError(reason, sample.where, sample.id, "too_long")
 
 
 def _first_label(labels: Sequence[int]) -> int:

@@ -178,8 +178,8 @@ def _decode(data: bytes, what: str, max_pixels: int, max_side: int, exif_transpo
         raise ImageError(f"{what} is too large to decode: {error}") from error
     except _DECODE_ERRORS as error:
         raise ImageError(
-            f"{what} is cut off or not a picture ({', '.join(_formats())}): it has {len(data)} bytes and begins with "
-            f"{data[:12]!r}"
+            f"{what} is cut off or not a picture ({', '.join(_formats())}): "
+            f"it has {len(data)} bytes and begins with {data[:12]!r}"
         ) from error
     return _prepare(image, what, max_pixels, max_side, exif_transpose)
 

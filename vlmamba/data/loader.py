@@ -101,7 +101,7 @@ class Loader:
         if lengths is not None:
             dataset.use_lengths(lengths.lengths, lengths.num_images)
             self.bad_samples.add(lengths.problems(dataset))
-        self._indices = _MicroBatchIndices(self)
+        self._indices = _MicroBatchIndices(rank, world_size)
         self._loader: DataLoader[Batch] = DataLoader(
             _MicroBatches(dataset, pad_to_multiple_of),
             batch_size=None,
@@ -155,10 +155,15 @@ class Loader:
             DataError: The budget of bad rows is used up, or a row and all its replacements are bad.
         """
         epoch, plan = self.epoch, self.plan
+        self._indices.plan, self._indices.start = plan, self.position
         batches = iter(self._loader)
         for index in range(self.position, len(plan)):
             count = len(plan.step(index, rank=self.rank, world_size=self.world_size))
-            micro_batches = [self._received(next(batches)) for _ in range(count)]
+            try:
+                micro_batches = [self._received(next(batches)) for _ in range(count)]
+            except VLMambaError:
+                self.close()
+                raise
             self.position = index + 1
             yield Step(epoch, index, micro_batches)
         self.epoch, self.position = epoch + 1, 0
@@ -188,6 +193,13 @@ class Loader:
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self.bad_samples.load_state_dict(state["bad_samples"])
+
+    def close(self) -> None:
+        """Stop the workers (they start again with the next iteration)."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
 
     def _received(self, batch: Batch) -> Batch:
         if _FAILURE in batch:
@@ -220,14 +232,19 @@ def build_loader(
 
 
 class _MicroBatchIndices(Sampler[list[int]]):
-    """The row numbers of each micro-batch from the loader's position on (read anew by each iteration)."""
+    """The row numbers of each micro-batch of a plan from a step on.
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    It must not refer to the loader: in a reference cycle, worker processes take seconds to stop.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.plan: EpochPlan | None = None
+        self.start = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        loader = self.loader
-        for step in loader.plan.steps(loader.position, rank=loader.rank, world_size=loader.world_size):
+        assert self.plan is not None
+        for step in self.plan.steps(self.start, rank=self.rank, world_size=self.world_size):
             yield from step
 
 

@@ -166,7 +166,7 @@ def plan_epoch(
     whole, rest = _group(shuffled, lengths, has_image, settings)
     order = generator.permutation(len(whole))
     steps = [whole[i] for i in order]
-    steps += [] if settings.drop_last and not _is_full(rest, settings) else rest
+    steps += [] if settings.drop_last else rest
     dropped = len(indices) - sum(len(step) for step in steps)
     steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
     if steps:  # out of memory shows in the first step, not after hours
@@ -187,10 +187,6 @@ def _check_budget(indices: np.ndarray, lengths: np.ndarray, settings: PlanSettin
             raise ConfigError(
                 f"the longest row has {longest} tokens but {name} is {budget}; raise it, or lower max_length"
             )
-
-
-def _is_full(rest: list[np.ndarray], settings: PlanSettings) -> bool:
-    return bool(rest) and settings.step_samples is not None and len(rest[0]) == settings.step_samples
 
 
 def _group(
