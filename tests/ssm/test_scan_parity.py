@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from vlmamba.ssm import selective_scan
-from vlmamba.ssm.backends import torch_chunked
+from vlmamba.ssm.backends import torch_blocks, torch_chunked
 from vlmamba.ssm.spec import ScanCall
 
 DIRECTIONS = [(1, False), (1, True), (2, (False, True)), (4, (True, False, False, True))]
@@ -65,7 +65,8 @@ def test_parity_without_softplus(scan_inputs, run_with_gradients, assert_near, b
 def test_parity_when_blocks_are_cut(
     scan_inputs, run_with_gradients, assert_near, backend, monkeypatch, batch, channels, size
 ):
-    monkeypatch.setattr(torch_chunked, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(torch_blocks, "CHUNK_STEPS", 5)
     inputs = scan_inputs(batch=batch, length=19, channels=channels, size=size, groups=2)
     options = {"reverse": (True, False), "seq_idx": (torch.rand(batch, 19) < 0.2).cumsum(1)}
     options["state_at"] = torch.randint(0, 19, (batch, 2))

@@ -65,27 +65,7 @@ def causal_conv1d(
     )
     if activation not in (None, "silu"):
         raise ShapeError(f"{name}: activation is {activation!r}, but None or 'silu' is needed.")
-    features = {
-        "activation": activation is not None,
-        "seq_idx": seq_idx is not None,
-        "initial_state": initial_state is not None,
-        "reverse": reverse,
-        "last_state": return_state,
-    }
-    grads = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, initial_state)
-    )
-    spec = ScanSpec(
-        op="conv",
-        device=x.device.type,
-        dtype=x.dtype,
-        batch=batch,
-        length=length,
-        channels=channels,
-        state_size=history + 1,
-        features=frozenset(key for key, used in features.items() if used),
-        needs_grad=grads,
-    )
+    spec = _spec_of(x, weight, bias, activation, seq_idx, initial_state, reverse, return_state)
     extended, ids = _with_history(x, seq_idx, initial_state, reverse)
     lead = extended.shape[1] - length
     with no_autocast(x.device):
@@ -98,6 +78,37 @@ def causal_conv1d(
     last = torch.full((batch,), 0 if reverse else length - 1, device=x.device)
     return y, conv_state_at(
         x, last, history + 1, seq_idx=seq_idx, initial_state=initial_state, reverse=reverse
+    )
+
+
+def _spec_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+    return_state: bool,
+) -> ScanSpec:
+    features = {
+        "activation": activation is not None,
+        "seq_idx": seq_idx is not None,
+        "initial_state": initial_state is not None,
+        "reverse": reverse,
+        "last_state": return_state,
+    }
+    tensors = (x, weight, bias, initial_state)
+    return ScanSpec(
+        op="conv",
+        device=x.device.type,
+        dtype=x.dtype,
+        batch=x.shape[0],
+        length=x.shape[1],
+        channels=x.shape[2],
+        state_size=weight.shape[1],
+        features=frozenset(key for key, used in features.items() if used),
+        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
     )
 
 

@@ -16,7 +16,6 @@ block, B and D are its own rows and channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,204 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmamba.ssm.backends.torch_blocks import Block, Inputs, Plan, flat_chunks
 from vlmamba.ssm.backends.torch_conv import conv
-from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict, compute_dtype, no_autocast, segment_starts
-
-BLOCK_ELEMENTS = 32768
-"""Most elements of one step of a block: ATen starts its threads above it, which costs more than a step."""
-
-CHUNK_STEPS = 8
-"""T. Memory for the saved states is 1/T of all states; longer chunks fall out of the cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows and channels that are scanned together: one group, one direction."""
-
-    rows: slice
-    channels: slice
-    group: int
-    reverse: bool
-
-    def take(self, tensor: Tensor, kind: torch.dtype) -> Tensor:
-        """The block's own contiguous (L, B, D) copy of a (B, L, D) tensor, in scan direction."""
-        return self._turn(tensor[self.rows, :, self.channels].to(kind))
-
-    def take_matrix(self, tensor: Tensor, kind: torch.dtype) -> Tensor:
-        """The block's own contiguous (L, B, N) copy of a (B, L, G, N) tensor, in scan direction."""
-        return self._turn(tensor[self.rows, :, self.group].to(kind))
-
-    def put(self, target: Tensor, values: Tensor) -> None:
-        """Write (L, B, D) values in scan direction back into a (B, L, D) tensor."""
-        target[self.rows, :, self.channels] = (values.flip(0) if self.reverse else values).transpose(0, 1)
-
-    def add_matrix(self, target: Tensor, values: Tensor) -> None:
-        """Add (L, B, N) values in scan direction to a (B, L, G, N) tensor."""
-        target[self.rows, :, self.group] += (values.flip(0) if self.reverse else values).transpose(0, 1)
-
-    def _turn(self, part: Tensor) -> Tensor:
-        part = part.transpose(0, 1).contiguous()
-        return part.flip(0) if self.reverse else part
-
-
-def _blocks(batch: int, width: int, size: int, directions: tuple[bool, ...]) -> list[_Block]:
-    """Cut rows and channels so that a step has at most BLOCK_ELEMENTS elements, rows first."""
-    if not batch or not width:
-        return []
-    channels = -(-width // -(-width * size // BLOCK_ELEMENTS))
-    rows = max(1, min(batch, BLOCK_ELEMENTS // (channels * size)))
-    rows = -(-batch // -(-batch // rows))
-    return [
-        _Block(
-            slice(row, min(row + rows, batch)),
-            slice(group * width + first, group * width + min(first + channels, width)),
-            group,
-            reverse,
-        )
-        for group, reverse in enumerate(directions)
-        for first in range(0, width, channels)
-        for row in range(0, batch, rows)
-    ]
-
-
-@dataclass(slots=True)
-class _Marks:
-    """Special places of one chunk, as flat (T, B) indices."""
-
-    restarts: Tensor | None = None
-    asked: Tensor | None = None
-    row: Tensor | None = None
-    slot: Tensor | None = None
-
-
-class _Plan:
-    """The blocks of a call, and where the states of each restart or are asked for."""
-
-    def __init__(self, call: ScanCall) -> None:
-        batch, self.length, channels = call.u.shape
-        groups = len(call.reverse)
-        self.blocks = _blocks(batch, channels // groups, call.A.shape[1], call.reverse)
-        self._starts: dict[bool, Tensor] = {}
-        self._state_at = call.state_at
-        if call.seq_idx is not None:
-            for reverse in set(call.reverse):
-                starts = segment_starts(call.seq_idx, reverse=reverse).t()
-                if bool(starts.any()):
-                    self._starts[reverse] = starts.flip(0) if reverse else starts
-        self._cache: dict[tuple[int, bool], list[_Marks]] = {}
-        self._spaces: dict[tuple[int, ...], _Space] = {}
-
-    def space(self, x: _Inputs, *, backward: bool) -> _Space:
-        """Work space for a block; blocks of one shape share it."""
-        key = (*x.u.shape, backward)
-        if key not in self._spaces:
-            self._spaces[key] = _Space(x, backward=backward)
-        return self._spaces[key]
-
-    def free(self) -> None:
-        """Let go of the work space."""
-        self._spaces.clear()
-
-    def marks(self, block: _Block) -> list[_Marks]:
-        """The special places of each chunk of a block, in scan order."""
-        key = (block.rows.start, block.reverse)
-        if key not in self._cache:
-            self._cache[key] = [self._marks(block, start) for start in range(0, self.length, CHUNK_STEPS)]
-        return self._cache[key]
-
-    def _marks(self, block: _Block, start: int) -> _Marks:
-        marks = _Marks()
-        starts = self._starts.get(block.reverse)
-        if starts is not None:
-            places = starts[start : start + CHUNK_STEPS, block.rows].reshape(-1).nonzero().squeeze(1)
-            marks.restarts = places if places.numel() else None
-        if self._state_at is not None:
-            at = self._state_at[block.rows]
-            at = (self.length - 1 - at if block.reverse else at) - start
-            row, slot = ((at >= 0) & (at < CHUNK_STEPS)).nonzero(as_tuple=True)
-            if row.numel():
-                marks.asked = at[row, slot] * at.shape[0] + row
-                marks.row, marks.slot = row + block.rows.start, slot
-        return marks
-
-
-class _Inputs:
-    """A block's inputs in the dtype of the arithmetic, and views of them for each chunk."""
-
-    def __init__(self, call: ScanCall, block: _Block) -> None:
-        kind = compute_dtype(call.u.dtype)
-        self.u = block.take(call.u, kind)
-        self.raw = block.take(call.dt, kind)
-        if call.dt_bias is not None:
-            self.raw = self.raw + call.dt_bias[block.channels].to(kind)
-        self.delta = F.softplus(self.raw) if call.dt_softplus else self.raw
-        self.delta_u = self.delta * self.u
-        self.A = call.A[block.channels].to(kind).t().contiguous()
-        self.B = block.take_matrix(call.B, kind)
-        self.C = block.take_matrix(call.C, kind)
-        self.delta_chunks = self.delta.unsqueeze(2).split(CHUNK_STEPS)
-        self.delta_u_chunks = self.delta_u.unsqueeze(2).split(CHUNK_STEPS)
-        self.B_columns = self.B.unsqueeze(3).split(CHUNK_STEPS)
-        self.B_rows = _flat_chunks(self.B)
-        self.C_rows = _flat_chunks(self.C)
-
-
-def _flat_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views (T * B, 1, X) of each chunk of a contiguous (L, B, X) tensor."""
-    return tensor.flatten(0, 1).unsqueeze(1).split(CHUNK_STEPS * tensor.shape[1])
-
-
-class _Space:
-    """Work space for one chunk. `states[0]` is the state before it, `states[t + 1]` the one after step t."""
-
-    def __init__(self, x: _Inputs, *, backward: bool) -> None:
-        rows, width = x.u.shape[1:]
-        shape = (min(CHUNK_STEPS, x.u.shape[0]), rows, x.A.shape[0], width)
-        self.decay = x.u.new_empty(shape)
-        self.states = x.u.new_empty((shape[0] + 1, *shape[1:]))
-        self.decay_steps = self.decay.unbind(0)
-        self.state_steps = self.states.unbind(0)
-        if backward:
-            self.grad = x.u.new_empty(shape)
-            self.work = x.u.new_empty(shape)
-            self.grad_steps = self.grad.unbind(0)
-
-    def run(self, x: _Inputs, chunk: int, restarts: Tensor | None) -> int:
-        """Fill the decays and states of a chunk, given `states[0]`; returns its number of steps."""
-        delta = x.delta_chunks[chunk]
-        steps = delta.shape[0]
-        full = steps == self.decay.shape[0]
-        decay = self.decay if full else self.decay[:steps]
-        torch.mul(delta, x.A, out=decay)
-        decay.exp_()
-        if restarts is not None:
-            decay.flatten(0, 1).index_fill_(0, restarts, 0)
-        torch.mul(x.B_columns[chunk], x.delta_u_chunks[chunk], out=self.states[1 : steps + 1])
-        decays, states = self.decay_steps, self.state_steps
-        for t in range(steps):
-            states[t + 1].addcmul_(decays[t], states[t])
-        return steps
-
-    def run_grad(self, columns: Tensor, dy: Tensor, steps: int, marks: _Marks, asked: Tensor | None) -> None:
-        """Fill the gradients of the states of a chunk, given in `self.carry` what comes from later."""
-        grad = self.grad[:steps]
-        torch.mul(columns, dy, out=grad)
-        if asked is not None and marks.asked is not None:
-            grad.flatten(0, 1).index_add_(0, marks.asked, asked)
-        decays, grads = self.decay_steps, self.grad_steps
-        grads[steps - 1].add_(self.carry)
-        for t in range(steps - 1, 0, -1):
-            grads[t - 1].addcmul_(decays[t], grads[t])
-        torch.mul(decays[0], grads[0], out=self.carry)
-
-    carry: Tensor
+from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict, compute_dtype, no_autocast
 
 
 def _block_forward(
-    call: ScanCall, block: _Block, plan: _Plan, y: Tensor, states: Tensor | None, *, save: bool
+    call: ScanCall, block: Block, plan: Plan, y: Tensor, states: Tensor | None, *, save: bool
 ) -> Tensor | None:
     """Scan one block into `y` (and `states`); returns the states before each chunk, (chunks, B, N, D)."""
-    x, marks = _Inputs(call, block), plan.marks(block)
+    x, marks = Inputs(call, block, plan.steps), plan.marks(block)
     space = plan.space(x, backward=False)
     first = space.state_steps[0]
     if call.initial_state is None:
@@ -229,7 +40,7 @@ def _block_forward(
     else:
         first.copy_(call.initial_state[block.rows, block.channels].transpose(1, 2))
     out = torch.empty_like(x.u)
-    out_rows = _flat_chunks(out)
+    out_rows = flat_chunks(out, plan.steps)
     saved = first.new_empty(len(marks), *first.shape) if save else None
     end = first
     for chunk, mark in enumerate(marks):
@@ -275,31 +86,32 @@ class _Gradients:
 
 def _block_backward(
     call: ScanCall,
-    block: _Block,
-    plan: _Plan,
+    block: Block,
+    plan: Plan,
     saved: Tensor,
     dy: Tensor | None,
     d_states: Tensor | None,
     grads: _Gradients,
 ) -> None:
     """Walk one block backwards through its chunks and write its share of `grads`."""
-    x, marks = _Inputs(call, block), plan.marks(block)
+    x, marks = Inputs(call, block, plan.steps), plan.marks(block)
     space = plan.space(x, backward=True)
     kind = x.u.dtype
     d_out = torch.zeros_like(x.u) if dy is None else block.take(dy, kind)
     z = None if call.z is None else block.take(call.z, kind)
     inner = d_out if z is None else d_out * F.silu(z)
-    inner_chunks, inner_rows = inner.unsqueeze(2).split(CHUNK_STEPS), _flat_chunks(inner)
-    C_columns, delta_u_rows = x.C.unsqueeze(3).split(CHUNK_STEPS), _flat_chunks(x.delta_u)
+    inner_chunks, inner_rows = inner.unsqueeze(2).split(plan.steps), flat_chunks(inner, plan.steps)
+    C_columns, delta_u_rows = x.C.unsqueeze(3).split(plan.steps), flat_chunks(x.delta_u, plan.steps)
     d_delta, d_delta_u, d_B, d_C, d_A = (torch.empty_like(t) for t in (x.u, x.u, x.B, x.C, x.A))
     d_A.zero_()
-    ones = x.u.new_ones(1, CHUNK_STEPS * x.u.shape[1])
-    d_delta_chunks, d_delta_u_rows = d_delta.split(CHUNK_STEPS), _flat_chunks(d_delta_u)
-    d_B_rows, d_C_rows = _flat_chunks(d_B), _flat_chunks(d_C)
+    ones = x.u.new_ones(1, plan.steps * x.u.shape[1])
+    d_delta_chunks, d_delta_u_rows = d_delta.split(plan.steps), flat_chunks(d_delta_u, plan.steps)
+    d_B_rows, d_C_rows = flat_chunks(d_B, plan.steps), flat_chunks(d_C, plan.steps)
     y = torch.empty_like(x.u) if grads.z is not None else None
-    y_rows = None if y is None else _flat_chunks(y)
-    space.carry = torch.zeros_like(space.state_steps[0])
-    if d_states is not None and call.last_state:
+    y_rows = None if y is None else flat_chunks(y, plan.steps)
+    if d_states is None or not call.last_state:
+        space.carry.zero_()
+    else:
         space.carry.copy_(d_states[block.rows, block.channels].transpose(1, 2))
     for chunk in range(len(marks) - 1, -1, -1):
         mark = marks[chunk]
@@ -335,8 +147,8 @@ def _block_backward(
 
 def _finish_block(
     call: ScanCall,
-    block: _Block,
-    x: _Inputs,
+    block: Block,
+    x: Inputs,
     grads: _Gradients,
     d_delta: Tensor,
     d_delta_u: Tensor,
@@ -364,7 +176,7 @@ def _finish_block(
     block.put(grads.dt, d_delta)
 
 
-def _forward(call: ScanCall, plan: _Plan, *, save: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def _forward(call: ScanCall, plan: Plan, *, save: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     batch, _, channels = call.u.shape
     y = torch.empty(call.u.shape, dtype=call.u.dtype, device=call.u.device)
     states = None
@@ -382,7 +194,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: ScanCall, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        plan = _Plan(call)
+        plan = Plan(call)
         y, states, saved = _forward(call, plan, save=True)
         ctx.save_for_backward(*tensors, call.seq_idx, call.state_at, *saved)
         ctx.plan = plan
@@ -432,7 +244,7 @@ def scan(call: ScanCall) -> tuple[Tensor, Tensor | None]:
         y, states = _ChunkedScan.apply(call, *tensors)
         return y, states
     with torch.no_grad():
-        y, states, _ = _forward(call, _Plan(call), save=False)
+        y, states, _ = _forward(call, Plan(call), save=False)
     return y, states
 
 
