@@ -1,0 +1,96 @@
+"""The chat verb: pictures in a line, turns, commands, one-shot questions."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmamba.cli import chat, main
+from vlmamba.errors import ImageError
+from vlmamba.testing import tiny_model
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "my picture.png"
+    Image.fromarray(np.zeros((8, 12, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def session():
+    model, processor = tiny_model("vss-l2")
+    return chat.Session(model, processor, max_new_tokens=4, temperature=0)
+
+
+def test_paths_are_found_however_they_are_pasted(picture):
+    escaped = str(picture).replace(" ", "\\ ")
+    url = "file://" + str(picture).replace(" ", "%20")
+    for word in (f"'{picture}'", f'"{picture}"', escaped, url):
+        assert chat.split_paths(f"{word} what is this?") == ("what is this?", [str(picture)])
+    assert chat.split_paths("what's in nowhere.png?") == ("what's in nowhere.png?", [])
+
+
+def test_a_conversation_goes_on_and_begins_anew(session, picture, capsys):
+    session.handle(f"'{picture}' what is this?")
+    session.handle("and now?")
+    roles = [m["role"] for m in session.messages]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    kinds = [[part["type"] for part in m["content"]] for m in session.messages[::2]]
+    assert kinds == [["image", "text"], ["text"]]
+    session.handle("/new")
+    assert session.messages == []
+    assert "(a new conversation)" in capsys.readouterr().out
+
+
+def test_what_is_printed_is_the_answer_of_generate(session, capsys):
+    answer = session.ask("what?")
+    batch = session.processor.apply_chat_template(
+        session.messages[:1], tokenize=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    tokens = session.model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    assert answer == session.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert capsys.readouterr().out.strip() == answer
+
+
+def test_commands(session, picture, capsys):
+    session.handle(f"/image {picture}")
+    assert len(session.pending) == 1
+    session.handle("/system Be brief.")
+    assert session.messages[0]["role"] == "system"
+    session.handle("/sing")
+    assert "unknown command /sing" in capsys.readouterr().out
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    with pytest.raises(ImageError, match="broken.png cannot be read as a picture"):
+        chat.open_picture(broken)
+    with pytest.raises(ImageError, match="there is no file"):
+        chat.open_picture(tmp_path / "none.png")
+
+
+def test_one_question_from_the_shell(tmp_path, picture, capsys):
+    model, processor = tiny_model("mlp")
+    model.save_pretrained(tmp_path / "export")
+    processor.save_pretrained(tmp_path / "export")
+    words = [str(tmp_path), "--image", str(picture), "--question", "what?", "--max-new-tokens", "3", "--device", "cpu"]
+    assert main(["chat", *words]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_an_interactive_session_ends_with_the_input(tmp_path, picture, capsys, monkeypatch):
+    model, processor = tiny_model("mlp")
+    model.save_pretrained(tmp_path / "export")
+    processor.save_pretrained(tmp_path / "export")
+    lines = iter(["hello", "/image nowhere.png", "/help", ""])
+
+    def read(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", str(tmp_path), "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert "! there is no file nowhere.png" in capsys.readouterr().out

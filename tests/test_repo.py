@@ -1,0 +1,135 @@
+"""The repository's own rules: import direction, light import, wheel contents, no machine's paths, short scripts."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sorted((ROOT / "vlmamba").rglob("*.py"))
+PROGRAMS = sorted(p for folder in ("train", "eval", "playground", "scripts") for p in (ROOT / folder).glob("*.py"))
+
+# Who may import whom (besides itself, errors, registry and config).
+MAY_IMPORT = {
+    "errors": set(),
+    "registry": set(),
+    "config": set(),
+    "ssm": set(),
+    "models": {"ssm"},
+    "checkpoints": {"ssm", "models"},
+    "data": set(),
+    "training": {"ssm", "models", "data", "checkpoints"},
+    "evaluation": {"ssm", "models", "data", "checkpoints"},
+    "testing": {"ssm", "models", "data", "training"},
+    "cli": {"ssm", "models", "data", "checkpoints", "training", "evaluation"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    room = path.relative_to(ROOT / "vlmamba").parts[0].removesuffix(".py")
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        assert top not in {"train", "eval", "scripts", "playground", "tests"}, f"{path} imports {name}"
+        target = rest.split(".")[0] if top == "vlmamba" else ""
+        if target and room in MAY_IMPORT and target not in {room, "errors", "registry", "config"}:
+            assert target in MAY_IMPORT[room], f"{path}: {room} may not import {name}"
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_programs_import_only_the_library(path):
+    siblings = {p.stem for p in path.parent.glob("*.py")} if path.parent.name == "playground" else set()
+    for name in imports(path):
+        assert name.split(".")[0] not in {"train", "eval", "scripts", "playground", "tests"} - siblings, name
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_stub_is_left(path):
+    source = path.read_text(encoding="utf-8")
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", source)
+    assert not re.search(r"raise NotImplementedError(\(\))?\s*$", source, re.M)
+
+
+def test_importing_vlmamba_is_light():
+    code = (
+        "import sys, time; start = time.perf_counter(); import vlmamba; took = time.perf_counter() - start\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nassert took < 1, took"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_module_imports_without_optional_packages():
+    optional = ["mamba_ssm", "causal_conv1d", "flash_attn", "deepspeed", "datasets", "open_clip", "timm", "triton"]
+    optional += ["tensorboard", "peft", "gradio", "accelerate", "sklearn", "skimage", "matplotlib", "torchdata", "selective_scan_cuda"]
+    modules = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in PYTHON
+        if p.name != "__main__.py"
+    ]
+    code = f"""
+import importlib, importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {set(optional)!r}:
+            caller = sys._getframe(1)
+            while caller and 'importlib' in caller.f_code.co_filename:
+                caller = caller.f_back
+            if caller and '/vlmamba/' in caller.f_code.co_filename.replace('\\\\', '/'):
+                raise ImportError(name + ' imported by ' + caller.f_code.co_filename)
+sys.meta_path.insert(0, Refuse())
+for module in {modules!r}:
+    importlib.import_module(module)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_wheel_holds_vlmamba_alone(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"vlmamba"}
+    assert sum(t.endswith(".dist-info") for t in tops) == 1
+    assert "vlmamba/py.typed" in names
+    assert "vlmamba/models/templates/vicuna_v1.jinja" in names
+    packaged = {n for n in names if n.endswith(".py")}
+    assert packaged == {str(p.relative_to(ROOT)) for p in PYTHON}
+
+
+def tracked():
+    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\n") if name and (ROOT / name).is_file()]
+
+
+def test_no_path_of_one_machine():
+    pattern = re.compile(r"(?<![\w./~-])/(work|root|mnt|home|Users|scratch)/\w")
+    for path in tracked():
+        if path.suffix in {".py", ".sh", ".md", ".toml", ".yaml", ".jinja", ".json"} and path != Path(__file__):
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+                assert len(line) > 5000 or not pattern.search(line), f"{path}:{number}: {line.strip()[:120]}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
+def test_scripts_are_short_launchers(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    lines = [line for line in path.read_text().split("\n") if line.strip() and not line.lstrip().startswith("#")]
+    assert len(lines) <= 25
