@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vlmamba.errors import ConfigError, ShapeError
 from vlmamba.ssm import use_backend
@@ -151,6 +152,15 @@ def test_state_in_training_does_not_break_backward(mixer, x, assert_near):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in mixer.parameters())
     assert not state.ssm.requires_grad
     assert not state.conv.requires_grad
+
+
+def test_activation_checkpointing_gives_the_same_gradients(mixer, x, segments, assert_near):
+    ids = segments([4, 9], [13])
+    gradients = []
+    for run in (mixer, lambda *a, **k: checkpoint(mixer, *a, use_reentrant=False, **k)):
+        found = torch.autograd.grad(run(x, seq_idx=ids).square().sum(), list(mixer.parameters()))
+        gradients.append({str(number): gradient for number, gradient in enumerate(found)})
+    assert_near(gradients[1], gradients[0], 1e-6)
 
 
 def test_lora_reaches_every_projection(backend, x):
