@@ -129,6 +129,21 @@ def test_a_web_page_saved_as_a_picture() -> None:
         open_image(b"")
 
 
+def test_damaged_files_are_image_errors_or_pictures() -> None:
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    outcomes = set()
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF") * 20:
+        data = bytearray(encoded(noise, kind))
+        for place in generator.integers(0, 400, 5):
+            data[place] = int(generator.integers(256))
+        try:
+            outcomes.add(open_image(bytes(data), exif_transpose=True).mode)
+        except ImageError:
+            outcomes.add("error")
+    assert outcomes == {"RGB", "error"}
+
+
 def test_postscript_is_never_run() -> None:
     with pytest.raises(ImageError, match="not a picture"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")

@@ -151,6 +151,16 @@ def test_workers_change_nothing(
     assert [r["id"] for r in loader.bad_samples.records.values()] == ["r4"]
 
 
+def test_a_closed_loader_can_go_on(dataset: VLDataset) -> None:
+    whole = list(build_loader(dataset, SETTINGS))
+    loader = build_loader(dataset, SETTINGS, num_workers=1)
+    first = next(iter(loader))
+    loader.close()
+    loader.close()
+    assert same_steps([first, *loader], whole)
+    loader.close()
+
+
 def test_loading_leaves_the_global_random_state_alone(dataset: VLDataset) -> None:
     torch.manual_seed(0)
     np.random.seed(0)

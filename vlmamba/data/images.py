@@ -42,6 +42,8 @@ _DECODE_ERRORS = (
     OverflowError,
     struct.error,
     zlib.error,
+    RuntimeError,
+    MemoryError,
     Image.DecompressionBombError,
 )
 _DRIVE = re.compile(r"^[A-Za-z]:")
@@ -170,10 +172,16 @@ def _formats() -> tuple[str, ...]:
 def _decode(data: bytes, what: str, max_pixels: int, max_side: int, exif_transpose: bool) -> Image.Image:
     if not data:
         raise ImageError(f"{what} is empty (0 bytes)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about EXIF blocks and sizes: either harmless or an error below
+        image = _open(data, what)
+        return _prepare(image, what, max_pixels, max_side, exif_transpose)
+
+
+def _open(data: bytes, what: str) -> Image.Image:
+    """Read the header."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_formats())
+        return Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise ImageError(f"{what} is too large to decode: {error}") from error
     except _DECODE_ERRORS as error:
@@ -181,7 +189,6 @@ def _decode(data: bytes, what: str, max_pixels: int, max_side: int, exif_transpo
             f"{what} is cut off or not a picture ({', '.join(_formats())}): "
             f"it has {len(data)} bytes and begins with {data[:12]!r}"
         ) from error
-    return _prepare(image, what, max_pixels, max_side, exif_transpose)
 
 
 def _prepare(
