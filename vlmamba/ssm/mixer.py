@@ -143,6 +143,8 @@ class MambaMixer(nn.Module):
     ) -> Tensor:
         """Mix tokens along time.
 
+        With a state and L = 1 this is a decode step, for which `seq_idx` and `reverse` make no difference.
+
         Args:
             hidden_states: (B, L, D).
             seq_idx: (B, L) integers; the layer restarts wherever neighbouring values differ. Padding is a
