@@ -13,6 +13,7 @@ from typing import Any
 
 from vlmamba.errors import ConfigError, DataError
 from vlmamba.evaluation.records import read_records, record_key
+from vlmamba.evaluation.scoring import score_records
 from vlmamba.evaluation.task import Sample, Task, load_task
 
 RESULTS_FILE = "results.json"
@@ -123,8 +124,6 @@ def score_predictions(
     Raises:
         DataError: The file is empty, answers a question twice, unknown questions, or not all of them.
     """
-    from vlmamba.evaluation.scoring import score_records
-
     if isinstance(task, str):
         task = load_task(task, folder=folder, annotations=None if annotations is None else str(annotations))
     elif annotations is not None:

@@ -135,7 +135,9 @@ def duration(seconds: float) -> str:
 
 def counts_line(counts: Mapping[str, int]) -> str:
     """The counts of a result in one line."""
-    return ", ".join(f"{name} {number}" for name, number in counts.items() if name != "resumed")
+    names = {"cut": "cut off at the token limit", "resumed": ""}
+    shown = [(names.get(key, key), number) for key, number in counts.items()]
+    return ", ".join(f"{name} {number}" for name, number in shown if name)
 
 
 def format_results(results: Mapping[str, Any]) -> str:

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from vlmamba.errors import DataError, MissingFileError
+from vlmamba.evaluation.curves import envelope, log_ticks, loss_chart, nice_ticks, smoothed, thinned
+from vlmamba.evaluation.gallery import Shown, Talk, Turn, common_suffix, data_uri, pick_answers
+from vlmamba.evaluation.records import RecordFile
+from vlmamba.evaluation.report import write_report
+from vlmamba.evaluation.scorers import rate
+from vlmamba.evaluation.tables import duration, format_runs, percent, read_run, text_table
+
+EVIL = '</style><script>alert(1)</script>"\' onerror="x'
+RESULTS = {
+    "checkpoint": f"runs/{EVIL}",
+    "model": {"parameters": {"vision_tower": 12345, "multi_modal_projector": 7}, "image_tokens": 36},
+    "tasks": {
+        "demo": {
+            "description": EVIL,
+            "metrics": {"overall": rate(90, 100), "categories": {"digit": rate(40, 50), EVIL: rate(50, 50)}},
+            "counts": {"asked": 100, "answered": 100, "missing": 0, "unparsable": 2, "cut": 0, "resumed": 0},
+            "shuffled": {"metrics": {"overall": rate(31, 100), "categories": {}}, "seconds": 60.0},
+            "seconds": 61.0,
+        }
+    },
+}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture()
+def run(tmp_path):
+    folder = tmp_path / "finetune"
+    folder.mkdir()
+    lines = [{"step": i, "loss": 5 * 0.97**i + 0.02, "seconds": 0.5} for i in range(1, 201)]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 201, "loss": NaN}\n{"step": 2'
+    (folder / "log.jsonl").write_text(text)
+    (folder / "config.yaml").write_text(
+        "optim: {name: adamw, lr: 0.002}\nmodel: {connector: {name: vss-l2, options: {scan: csm}}}\n"
+    )
+    return folder
+
+
+def shown(**changes):
+    defaults = {
+        "images": (Image.new("RGB", (4, 4), "red"),),
+        "question": "What?",
+        "expected": "a",
+        "given": "b",
+        "right": False,
+    }
+    return Shown(**{**defaults, **changes})
+
+
+def test_the_page_holds_everything_and_loads_nothing(tmp_path, run):
+    samples = [
+        shown(question=f"Question number {i}?\nBe brief.", category=f"kind {i % 2}", right=i > 2)
+        for i in range(6)
+    ]
+    talks = [
+        Talk((Image.new("RGB", (4, 4)),), [Turn("And then?", "so", "so", True), Turn("Why?", "free text")])
+    ]
+    path = write_report(
+        tmp_path / "new/report.html",
+        title="A title",
+        runs=[run],
+        results=RESULTS,
+        samples=samples,
+        conversations=talks,
+        settings={"Recipe": "train/x.py"},
+        timings=[("set-up", 100.0)],
+    )
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "base", "a")
+        assert all(not name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "action", "xlink:href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert not re.search(r"https?:|url\(|@import", source)
+    for i in range(6):
+        assert f"Question number {i}? †" in page.text
+    for text in (
+        "Be brief.",
+        "90.0 %",
+        "31.0 %",
+        "82.6 – 94.5 %",
+        "And then?",
+        "free text",
+        "vss-l2, scan csm",
+        "0.002",
+        "train/x.py",
+    ):
+        assert text in page.text
+    assert "asked 100, answered 100, missing 0, unparsable 2" in page.text
+    assert "5 min 21 s" in page.text  # 100 s of set-up, 200 half seconds, 61 s and 60 s
+    assert "finetune, 200 steps" in page.text
+    assert 'content="width=device-width' in source
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_what_models_say_cannot_become_markup(tmp_path, run):
+    evil = shown(question=EVIL, expected=EVIL, given=EVIL, category=EVIL, question_id=EVIL)
+    talk = Talk((), [Turn(EVIL, EVIL, EVIL, False)])
+    path = write_report(
+        tmp_path / "r.html",
+        title=EVIL,
+        subtitle=EVIL,
+        runs=[read_run(run, label=EVIL)],
+        results=RESULTS,
+        samples=[evil],
+        conversations=[talk],
+        settings={EVIL: EVIL},
+        timings=[(EVIL, 1.0)],
+    )
+    source = path.read_text(encoding="utf-8")
+    assert "<script" not in source
+    assert 'onerror="' not in source
+    assert source.count("</style>") == 1
+    assert html.escape("<script>alert(1)</script>") in source
+    assert Page(source).text.count("<script>alert(1)</script>") >= 10
+
+
+def test_a_report_of_one_thing_alone(tmp_path, run):
+    assert "Loss" in write_report(tmp_path / "a.html", title="t", runs=[run]).read_text()
+    assert "What?" in write_report(tmp_path / "b.html", title="t", samples=[shown()]).read_text()
+    with pytest.raises(DataError, match="needs runs, results or samples"):
+        write_report(tmp_path / "c.html", title="t")
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(
+        MissingFileError, match=r"no training log .*none.log\.jsonl: give the folder of a run"
+    ):
+        write_report(tmp_path / "a.html", title="t", runs=[tmp_path / "none"])
+    with pytest.raises(
+        MissingFileError, match=r"no results .*none: give the folder that an evaluation wrote"
+    ):
+        write_report(tmp_path / "a.html", title="t", results=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/log.jsonl").write_text('{"step": 1, "loss": null}\n')
+    with pytest.raises(DataError, match="no line with a step and a finite loss"):
+        read_run(tmp_path / "empty")
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_the_gallery_mixes_right_and_wrong_of_every_kind(task, tmp_path):
+    samples = task.samples
+    wrong = {0, 2, 4, 6, 8, 10, 1}  # all of "colour", one of "count"
+    rows = [
+        {"question_id": s.question_id, "prompt": s.text, "text": "no" if s.question_id in wrong else s.answer}
+        for s in samples
+    ]
+    with RecordFile(tmp_path / "p.jsonl") as file:
+        file.append(rows)
+    chosen = pick_answers(task, tmp_path / "p.jsonl", per_category=4, wrong=2)
+    by_kind = {kind: [s.right for s in chosen if s.category == kind] for kind in ("colour", "count")}
+    assert by_kind == {"colour": [False] * 4, "count": [False, True, True, True]}
+    assert chosen == pick_answers(task, tmp_path / "p.jsonl", per_category=4, wrong=2)
+    with RecordFile(tmp_path / "q.jsonl") as file:
+        file.append([{"question_id": 99, "text": "x"}])
+    with pytest.raises(DataError, match="answers none of the questions of 'tiny'"):
+        pick_answers(task, tmp_path / "q.jsonl")
+
+
+def test_pictures_are_embedded_small(tmp_path):
+    assert data_uri(Image.new("RGB", (8, 8))).startswith("data:image/png;base64,")
+    noise = Image.effect_noise((900, 600), 90).convert("RGB")
+    noise.save(tmp_path / "n.png")
+    uri = data_uri(tmp_path / "n.png")
+    assert uri.startswith("data:image/jpeg;base64,")
+    assert len(uri) < 120_000
+
+
+def test_open_pictures_are_not_shrunk_in_place():
+    picture = Image.new("RGB", (900, 600))
+    data_uri(picture)
+    assert picture.size == (900, 600)
+
+
+def test_a_common_last_line():
+    assert common_suffix(["a\nBe brief.", "b", "c\nBe brief."]) == "Be brief."
+    assert common_suffix(["a\nBe brief.", "b\nBe long."]) == common_suffix(["a"]) == ""
+
+
+def test_charts():
+    steps, losses = list(range(1, 2001)), [4 * 0.998**i + 0.01 for i in range(2000)]
+    svg = loss_chart(steps, losses, label='a "b"')
+    assert svg.count("<polyline") == 2
+    assert "a &quot;b&quot;" in svg
+    assert len(svg) < 20_000
+    assert "<svg" in loss_chart([3], [0.0], label="one")
+    assert nice_ticks(0, 3.3, 5) == [0, 1, 2, 3, 4]
+    assert nice_ticks(1, 190, 5)[-1] >= 190
+    assert log_ticks(0.07, 3.0) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5])
+    points = [(float(i), float(i == 777)) for i in range(2000)]
+    assert max(y for _, y in envelope(points)) == 1.0
+    assert thinned(points)[-1] == points[-1]
+    assert smoothed([(0.0, 2.0), (1.0, 2.0)]) == [(0.0, 2.0), (1.0, 2.0)]
+
+
+def test_text_for_terminals(run):
+    assert text_table(["a", "b"], [["x", "10"], ["long", "9"]]) == "a      b\n----  --\nx     10\nlong   9"
+    assert [duration(s) for s in (0.25, 42.4, 61, 3725)] == ["0.2 s", "42 s", "1 min 01 s", "1 h 02 min"]
+    assert percent(None) == "–"
+    log = read_run(run)
+    assert (log.steps, log.seconds) == (200, 100.0)
+    assert "finetune    200       4.870      0.0" in format_runs([log])

@@ -1,0 +1,300 @@
+"""A report: one HTML file that needs nothing else, on any screen, offline.
+
+Headline figures, accuracy by kind of question beside the blind baseline, loss curves, times, settings, and a
+gallery of answers, right and wrong. Pictures are embedded; the page runs no script and its content policy
+forbids any load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vlmamba.errors import DataError, MissingFileError
+from vlmamba.evaluation.cli import RESULTS_FILE
+from vlmamba.evaluation.curves import loss_chart
+from vlmamba.evaluation.gallery import Shown, Talk, common_suffix, data_uri, pick_answers, read_talks
+from vlmamba.evaluation.tables import (
+    RunLog,
+    counts_line,
+    duration,
+    interval,
+    percent,
+    rate_rows,
+    read_run,
+)
+from vlmamba.evaluation.task import ImageRef, Task, load_task
+
+SETTINGS = (
+    ("Encoder", ("model.vision.family", "model.vision.path")),
+    ("Feature layer", ("model.vision.feature_layer",)),
+    ("Connector", ("model.connector.name", "model.connector.options")),
+    ("Language model", ("model.language.path",)),
+    ("Chat template", ("model.chat",)),
+    ("Trains", ("train",)),
+    ("Epochs", ("epochs",)),
+    ("Steps at most", ("max_steps",)),
+    ("Batch size", ("batch.global_batch_size",)),
+    ("Optimizer", ("optim.name",)),
+    ("Learning rate", ("optim.lr",)),
+    ("Weight decay", ("optim.weight_decay",)),
+    ("Schedule", ("schedule.name",)),
+    ("Precision", ("precision",)),
+    ("Seed", ("seed",)),
+)
+"""Rows of the settings table: dotted keys of a run's config."""
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    runs: Sequence[str | Path | RunLog] = (),
+    results: str | Path | Mapping[str, Any] | None = None,
+    samples: Sequence[Shown] | None = None,
+    conversations: Sequence[Talk] | None = None,
+    subtitle: str = "",
+    settings: Mapping[str, str] | None = None,
+    timings: Sequence[tuple[str, float]] = (),
+    per_category: int = 6,
+) -> Path:
+    """Write a report.
+
+    Args:
+        path: The HTML file.
+        title: Its heading.
+        runs: Training runs (folders, or `read_run`'s), in the order of their stages.
+        results: The folder that `evaluate_checkpoint` wrote, its ``results.json``, or what it returned.
+        samples: Answers to show; when left out they are drawn from the answers beside ``results.json``.
+        conversations: Conversations to show; when left out those of the results.
+        subtitle: A sentence under the heading.
+        settings: Further rows of the settings table.
+        timings: Further rows of the time table (what, seconds), such as the set-up.
+        per_category: Answers of each kind of question to draw.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingFileError: A log, result, answer file or task is missing.
+        DataError: There is nothing to show.
+    """
+    logs = [run if isinstance(run, RunLog) else read_run(run) for run in runs]
+    found, folder = _read_results(results)
+    if not logs and not found and not samples:
+        raise DataError("a report needs runs, results or samples; none was given")
+    if samples is None or conversations is None:
+        drawn, talks = _draw(found, folder, per_category) if folder is not None else ([], [])
+        samples = drawn if samples is None else samples
+        conversations = talks if conversations is None else conversations
+    embed = functools.cache(data_uri)
+    suffix = common_suffix([s.question for s in samples])
+    html = _template().render(
+        title=title,
+        subtitle=subtitle,
+        tiles=_tiles(logs, found),
+        tasks=[_task_view(name, result) for name, result in found.get("tasks", {}).items()],
+        charts=[_chart(log) for log in logs],
+        times=_times(logs, found, timings),
+        settings=_settings(logs, found, settings or {}),
+        stages=[log.label for log in logs],
+        gallery=_gallery(samples, suffix, embed),
+        talks=[_talk_view(talk, suffix, embed) for talk in conversations],
+        suffix=suffix,
+    )
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    folder = resources.files("vlmamba.evaluation") / "templates"
+    names = ("report.html.jinja", "style.css.jinja")
+    environment.loader = jinja2.DictLoader({n: (folder / n).read_text(encoding="utf-8") for n in names})
+    return environment.get_template("report.html.jinja")
+
+
+def _read_results(results: str | Path | Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Path | None]:
+    if results is None:
+        return {}, None
+    if isinstance(results, Mapping):
+        return results, None
+    given = Path(results)
+    file = given / RESULTS_FILE if given.is_dir() else given
+    if not file.is_file():
+        raise MissingFileError(
+            f"no results {file}: give the folder that an evaluation wrote, or its {RESULTS_FILE}."
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8")), file.parent
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+
+
+def _draw(results: Mapping[str, Any], folder: Path, per_category: int) -> tuple[list[Shown], list[Talk]]:
+    tasks: dict[str, Task] = {}
+    samples: list[Shown] = []
+    for name, result in results["tasks"].items():
+        tasks[name] = load_task(result["spec"], folder=result["folder"])
+        samples += pick_answers(tasks[name], folder / result["predictions"], per_category=per_category)
+    return samples, read_talks(results, tasks)
+
+
+def _tiles(logs: Sequence[RunLog], results: Mapping[str, Any]) -> list[dict[str, str]]:
+    tiles = []
+    for name, result in results.get("tasks", {}).items():
+        row = rate_rows(result)[0]
+        several = len(results["tasks"]) > 1
+        tiles.append(
+            {
+                "label": f"Right answers, {name}" if several else "Right answers",
+                "value": percent(row.accuracy),
+                "note": f"95 % interval {interval(row.low, row.high)}",
+                "kind": "main",
+            }
+        )
+        if row.shuffled is not None:
+            tiles.append(
+                {
+                    "label": "Same, pictures shuffled",
+                    "value": percent(row.shuffled),
+                    "note": "what needs no seeing",
+                }
+            )
+    for log in logs:
+        note = f"from {log.first_loss:.2f} in {log.steps} steps"
+        tiles.append({"label": f"Loss, {log.label}", "value": f"{log.last_loss:.3f}", "note": note})
+    return tiles
+
+
+def _task_view(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    rows = rate_rows(result)
+    return {
+        "name": name,
+        "description": result.get("description", ""),
+        "counts": counts_line(result["counts"]),
+        "blind": any(row.shuffled is not None for row in rows),
+        "rows": [
+            {
+                "label": row.label,
+                "total": row.total,
+                "accuracy": percent(row.accuracy),
+                "interval": interval(row.low, row.high),
+                "shuffled": percent(row.shuffled),
+                "bar": {key: _width(getattr(row, key)) for key in ("accuracy", "low", "high", "shuffled")},
+            }
+            for row in rows
+        ],
+    }
+
+
+def _width(share: float | None) -> float | None:
+    return None if share is None else round(100 * share, 2)
+
+
+def _chart(log: RunLog) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    steps, losses = [int(line["step"]) for line in log.lines], [float(line["loss"]) for line in log.lines]
+    label = f"Loss of {log.label} over {log.steps} steps, from {log.first_loss:.3f} to {log.last_loss:.3f}"
+    note = f"{log.first_loss:.3f} → {log.last_loss:.3f}"
+    return {"label": log.label, "svg": Markup(loss_chart(steps, losses, label=label)), "note": note}
+
+
+def _times(
+    logs: Sequence[RunLog], results: Mapping[str, Any], extra: Sequence[tuple[str, float]]
+) -> list[dict[str, str]]:
+    rows = list(extra)
+    rows += [(f"{log.label}, {log.steps} steps", log.seconds) for log in logs]
+    for name, result in results.get("tasks", {}).items():
+        rows.append((f"{name}, {result['counts']['asked']} questions", result.get("seconds") or 0.0))
+        if "shuffled" in result:
+            rows.append((f"{name}, pictures shuffled", result["shuffled"].get("seconds") or 0.0))
+    total = sum(seconds for _, seconds in rows)
+    views = [
+        {"what": what, "time": duration(seconds), "share": percent(seconds / total, 0)}
+        for what, seconds in rows
+        if total
+    ]
+    return [*views, {"what": "total", "time": duration(total), "share": ""}] if views else []
+
+
+def _settings(
+    logs: Sequence[RunLog], results: Mapping[str, Any], extra: Mapping[str, str]
+) -> list[tuple[str, list[str]]]:
+    """Rows of a label and one value for each stage, or a single value for all."""
+    rows: list[tuple[str, list[str]]] = [(label, [str(value)]) for label, value in extra.items()]
+    model = results.get("model", {})
+    if model:
+        counts = {part.replace("_", " "): f"{count:,}" for part, count in model.get("parameters", {}).items()}
+        rows.append(("Parameters", [", ".join(f"{part} {count}" for part, count in counts.items())]))
+        rows.append(("Visual tokens a picture", [str(model.get("image_tokens", "–"))]))
+        if "checkpoint" in results:
+            rows.append(("Checkpoint asked", [str(results["checkpoint"])]))
+    for label, keys in SETTINGS:
+        values = [", ".join(filter(None, (_setting(log.config, key) for key in keys))) for log in logs]
+        if any(values):
+            rows.append((label, [v or "–" for v in values] if len(set(values)) > 1 else values[:1]))
+    return rows
+
+
+def _setting(config: Mapping[str, Any], key: str) -> str:
+    value: Any = config
+    for word in key.split("."):
+        value = value.get(word) if isinstance(value, Mapping) else None
+    if value is None or value == {} or value == []:
+        return ""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _gallery(samples: Sequence[Shown], suffix: str, embed: Any) -> list[dict[str, Any]]:
+    """One group for each kind of question, in the order in which they come."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for s in samples:
+        groups.setdefault(s.category, []).append(
+            {
+                "images": _sources(s.images, embed),
+                "question": _without(s.question, suffix),
+                "expected": s.expected,
+                "given": s.given,
+                "right": s.right,
+                "id": s.question_id,
+            }
+        )
+    return [
+        {"name": name or "answers", "cards": cards, "wrong": sum(not card["right"] for card in cards)}
+        for name, cards in groups.items()
+    ]
+
+
+def _talk_view(talk: Talk, suffix: str, embed: Any) -> dict[str, Any]:
+    turns = [dataclasses.replace(turn, question=_without(turn.question, suffix)) for turn in talk.turns]
+    return {"images": _sources(talk.images, embed), "turns": turns}
+
+
+def _without(question: str, suffix: str) -> str:
+    """The question with the instruction that the page quotes once replaced by a dagger."""
+    shorter = question.removesuffix(f"\n{suffix}") if suffix else question
+    return question if shorter == question else f"{shorter} †"
+
+
+def _sources(images: Sequence[ImageRef], embed: Any) -> list[str]:
+    return [embed(image) if isinstance(image, Path | bytes) else data_uri(image) for image in images]
