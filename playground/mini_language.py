@@ -1,0 +1,184 @@
+"""Training of the playground's mini Mamba language model, on text alone (called by ``build_mini.py``).
+
+It learns the playground's language: captions, dialogues in several chat formats, small sums.  Dialogues
+come with a written description in front of them (reading) or with nothing (then answers can only follow the
+priors).  No picture is drawn and none is seen: scenes serve as facts to talk about.
+
+Shapes: B rows, L tokens a row (packed from several texts, told apart by ``seq_idx``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mini_encoder import learning_rate
+from numpy.random import Generator
+from phrases import DESCRIBE, SHORT_ANSWER, caption, dialogue, pair_dialogue, small_talk
+from scenes import digit_pools, sample_scene
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import MambaConfig, PreTrainedTokenizerFast
+
+from vlmamba.models.language import MambaLM
+
+logger = logging.getLogger(__name__)
+
+END = "<|endoftext|>"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+Pieces = list[tuple[str, bool]]  # text, and whether it is an answer
+
+
+@dataclass(frozen=True)
+class LanguageTraining:
+    """How the language model is trained; every row is fresh."""
+
+    steps: int = 3000
+    rows: int = 16
+    row_tokens: int = 256
+    lr: float = 3e-3
+    warmup: int = 200
+    weight_decay: float = 0.05
+    other_weight: float = 0.2  # weight of tokens that are no answer
+    seed: int = 0
+    save_every: int = 250
+
+
+def language_config(vocab_size: int) -> MambaConfig:
+    """Four layers of width 128, 0.5 M parameters; padded vocabulary with room for ``<image>``."""
+    return MambaConfig(
+        vocab_size=(vocab_size + 1 + 7) // 8 * 8,
+        hidden_size=128,
+        num_hidden_layers=4,
+        state_size=16,
+        expand=2,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def chat(pairs: list[tuple[str, str]], rng: Generator) -> Pieces:
+    """A dialogue in one of four chat formats, answers marked."""
+    draw = rng.random()
+    if draw < 0.85:  # Vicuna's, in two of five cases with its system prompt
+        pieces: Pieces = [(f"{SYSTEM} ", False)] if draw < 0.34 else []
+        for question, answer in pairs:
+            pieces += [(f"USER: {question} ASSISTANT:", False), (f" {answer}{END}", True)]
+        return pieces
+    pieces = []
+    for question, answer in pairs:
+        if draw < 0.95:
+            pieces += [(f"User: {question}\nAssistant:", False), (f" {answer}{END}", True), ("\n", False)]
+        else:
+            pieces += [(f"<|user|>\n{question}{END}\n<|assistant|>\n", False), (f"{answer}{END}", True)]
+            pieces += [("\n", False)]
+    return pieces
+
+
+def text(rng: Generator, pool: tuple[int, ...]) -> Pieces:
+    """One text at random: reading, reading about two scenes, blind dialogue, captions, or small talk."""
+    draw, scene = rng.random(), sample_scene(rng, pool)
+    suffix = f"\n{SHORT_ANSWER}" if rng.random() < 0.2 else ""
+    if draw < 0.15:
+        return [(caption(scene, rng) + (END if rng.random() < 0.5 else f"\n{END}"), False)]
+    if draw < 0.23:
+        return chat([small_talk(rng) for _ in range(int(rng.integers(1, 5)))], rng)
+    if draw < 0.27:
+        return chat([(DESCRIBE[int(rng.integers(len(DESCRIBE)))], caption(scene, rng))], rng)
+    if draw < 0.42:
+        other = sample_scene(rng, pool)
+        pairs = [(q.text, q.answer) for q in pair_dialogue(scene, other, rng, int(rng.integers(2, 5)))]
+        described = f"{caption(scene, rng)}\n{caption(other, rng)}\n"
+    else:
+        pairs = [(q.text, q.answer) for q in dialogue(scene, rng, int(rng.integers(3, 8)))]
+        described = f"{caption(scene, rng)}\n"
+    if not pairs:
+        return [(caption(scene, rng) + END, False)]
+    if rng.random() < 0.2:
+        described = ""
+    return chat([(described + pairs[0][0] + suffix, pairs[0][1]), *pairs[1:]], rng)
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, recipe: LanguageTraining, start: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Packed rows (ids, seq_idx, weights), each (B, L); batch ``i`` depends on (seed, i) alone."""
+    pool, _ = digit_pools()
+    for index in range(start, recipe.steps):
+        rng = np.random.default_rng([recipe.seed, 7, index])
+        shape = (recipe.rows, recipe.row_tokens)
+        ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int32)
+        weights = np.zeros(shape, np.float32)
+        for row in range(recipe.rows):
+            filled, segment = 0, 0
+            while filled < recipe.row_tokens:
+                first = True
+                for words, answer in text(rng, pool):
+                    piece = tokenizer(words).input_ids[: recipe.row_tokens - filled]
+                    here = slice(filled, filled + len(piece))
+                    ids[row, here], segments[row, here] = piece, segment
+                    weights[row, here] = 1.0 if answer else recipe.other_weight
+                    if first and piece:  # nothing in its own text comes before the first token
+                        weights[row, filled], first = 0.0, False
+                    filled += len(piece)
+                segment += 1
+        yield torch.from_numpy(ids), torch.from_numpy(segments), torch.from_numpy(weights)
+
+
+def train_language(tokenizer: PreTrainedTokenizerFast, recipe: LanguageTraining, work: Path) -> MambaLM:
+    """Train the language model; resumes from ``work/language.pt`` where there is one."""
+    torch.manual_seed(recipe.seed)
+    model = MambaLM(language_config(len(tokenizer)))
+    model.train()
+    named = dict(model.named_parameters())
+    plain = [p for n, p in named.items() if p.ndim < 2 or "A_log" in n or "embeddings" in n]
+    decayed = [p for p in named.values() if not any(p is other for other in plain)]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+    state_file, start, spent = work / "language.pt", 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, spent = state["step"], state["seconds"]
+    mean: dict[str, float] = {}
+    began = time.monotonic() - spent
+    stream = batches(tokenizer, recipe, start)
+    progress = tqdm(stream, initial=start, total=recipe.steps, desc="language", mininterval=5)
+    for step, (ids, segments, weights) in enumerate(progress, start=start):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        logits = model(input_ids=ids, seq_idx=segments).logits[:, :-1].float()
+        target, weight = ids[:, 1:], weights[:, 1:]
+        each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        loss = (each * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            answers = weight == 1.0
+            right = (logits.argmax(-1) == target)[answers & (target != 0)].float().mean()
+        for name, term in {"loss": loss.detach(), "answers_right": right}.items():
+            mean[name] = 0.98 * mean.get(name, float(term)) + 0.02 * float(term)
+        progress.set_postfix({name: f"{value:.3f}" for name, value in mean.items()}, refresh=False)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step + 1, "seconds": time.monotonic() - began}
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+    logger.info("language model: %d steps, %.0f s", recipe.steps, time.monotonic() - began)
+    return model
