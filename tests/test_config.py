@@ -59,6 +59,7 @@ class Run(Config):
     color: Color = Color.RED
     root: Path = Path()
     size: int | tuple[int, int] = 3
+    paths: str | tuple[str, ...] = "x"
     options: dict[str, Any] = {}  # noqa: RUF012 - Config copies it
 
 
@@ -174,6 +175,10 @@ class TestOverrides:
         assert config.train == ("x", "y,z")
         assert config.sources == (Source(path="a"), Source(path="b", weight=0.5))
         assert config.optim.lr == 2.0
+
+    @pytest.mark.parametrize(("text", "value"), [("a/b", "a/b"), ("a,b", ("a", "b")), ("[a]", ("a",))])
+    def test_one_or_several(self, text: str, value: object) -> None:
+        assert apply_overrides(run(), {"paths": text}).config.paths == value
 
     def test_bare_flag_is_true_and_dashes(self) -> None:
         assert parse_overrides(["--fast", "--a-b.c-d", "1", "--x=-3"]) == {

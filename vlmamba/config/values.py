@@ -191,7 +191,10 @@ def from_text(text: str, annotation: Any, path: str) -> Any:
         rest = [a for a in options if a is not type(None)]
         if len(rest) == 1:
             return from_text(text, rest[0], path)
+        is_list = text.strip().startswith("[") or "," in text
         for option in sorted(rest, key=lambda a: a is str):
+            if get_origin(option) is tuple and not is_list:
+                continue
             try:
                 return from_text(text, option, path)
             except ConfigError:

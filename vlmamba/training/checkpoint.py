@@ -29,7 +29,7 @@ from vlmamba.config import Config, diff_configs
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
 from vlmamba.models.language.weights import load_state_dict_file, load_weights_only
 from vlmamba.training.optim import load_named_state, named_state
-from vlmamba.training.run_dir import whole_directory, write_text
+from vlmamba.training.run_dir import whole_directory, write_errors, write_text
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -79,8 +79,8 @@ def save_checkpoint(
 
     folder = run_dir / CHECKPOINTS
     final = folder / f"step-{state.step:06d}"
-    with whole_directory(final) as directory:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in trained_tensors(model).items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in trained_tensors(model).items()}
+    with whole_directory(final) as directory, write_errors():
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         torch.save(named_state(optimizer), directory / "optimizer.pt")
         torch.save(rng_state(), directory / "rng.pt")

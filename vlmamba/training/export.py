@@ -10,7 +10,7 @@ import torch
 
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
 from vlmamba.training.init_from import CONNECTOR
-from vlmamba.training.run_dir import whole_directory
+from vlmamba.training.run_dir import whole_directory, write_errors
 
 EXPORT = "export"
 
@@ -44,12 +44,14 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
         previous = model.config.dtype
         model.config.dtype = dtype
         try:
-            model.save_pretrained(target, state_dict=state)
+            with write_errors():
+                model.save_pretrained(target, state_dict=state)
         finally:
             model.config.dtype = previous
         processor.save_pretrained(target)
         tensors = {name: t.detach().cpu().contiguous() for name, t in connector.state_dict().items()}
-        save_file(tensors, target / CONNECTOR_FILE, metadata={"format": "pt"})
+        with write_errors():
+            save_file(tensors, target / CONNECTOR_FILE, metadata={"format": "pt"})
         description = {
             "name": connector.name,
             "options": dict(connector.options),

@@ -153,13 +153,20 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
     set_trainable(model, config.train)
     set_precision(model, config.precision)
     if config.gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        enable_checkpointing(model.language_model)
         if not model.vision_tower.frozen:
             model.vision_tower.set_gradient_checkpointing(True)
     set_modes(model)
     return model.to(device), processor
+
+
+def enable_checkpointing(language_model: Any) -> None:
+    """Let a transformers model recompute its layers' activations in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(language_model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def seed_all(seed: int) -> None:

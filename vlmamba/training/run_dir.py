@@ -92,21 +92,23 @@ def whole_directory(final: Path) -> Iterator[Path]:
         temporary.rename(final)
         sync_directory(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_write_error(error):
-            raise CheckpointError(_write_failure(final, error)) from error
+        raise CheckpointError(_write_failure(final, error)) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def is_write_error(error: BaseException) -> bool:
-    """Whether writing failed below us; torch and safetensors wrap the system's error in their own."""
-    if isinstance(error, OSError):
-        return True
-    text = str(error)
-    return type(error).__name__ == "SafetensorError" or (
-        isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text)
-    )
+@contextmanager
+def write_errors() -> Iterator[None]:
+    """Turn what torch and safetensors raise when the system refuses a write back into an `OSError`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _write_failure(path: Path, error: BaseException) -> str:
