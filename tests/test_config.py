@@ -17,6 +17,7 @@ from vlmamba.config import (
     diff_configs,
     dump_yaml,
     flatten,
+    help_text,
     list_recipes,
     load_recipe,
     load_yaml,
@@ -122,6 +123,7 @@ class TestConfig:
         assert lines["optim.name"].type == "'adamw' | 'radam'"
         assert lines["output"].default == "(required)"
         assert "sources.0.weight" in lines
+        assert "--optim.name  'adamw' | 'radam'  [adamw]\n    Which optimizer.\n" in help_text(Run)
 
 
 class TestYaml:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,23 @@ def test_checkpointed_activations_give_the_same_gradients(make_config: MakeConfi
             torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+def test_checkpointed_activations_are_recomputed_in_a_frozen_part(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    changes = {
+        "train": "multi_modal_projector",
+        "gradient_checkpointing": "true",
+        "batch.micro_batch_size": 4,
+    }
+    training = prepare(make_config(changes), tmp_path)
+    calls = []
+    mixer = training.model.language_model.backbone.layers[0].mixer
+    mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    step = next(iter(training.loader))
+    accumulate_gradients(training, step, step.num_supervised)
+    assert len(calls) == 2
+
+
 def test_run_trains_exactly_the_parts(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config({"train": "multi_modal_projector"})
     before, _ = prepare_model(config, torch.device("cpu"))
@@ -175,6 +193,16 @@ def test_bf16_keeps_masters_and_casts_frozen_parts(make_config: MakeConfig, tmp_
     step = next(iter(training.loader))
     loss16 = float(accumulate_gradients(training, step, step.num_supervised).sum())
     assert loss16 == pytest.approx(loss32, abs=0.05)
+
+
+def test_worker_processes_change_nothing(make_config: MakeConfig) -> None:
+    """Nor do the logger and how often is saved."""
+    alone = run(make_config({"max_steps": 3}, output="alone"))
+    changes = {"data.num_workers": 2, "save_every": 1, "loggers": "tensorboard", "max_steps": 3}
+    helped = run(make_config(changes, output="helped"))
+    first, second = (read_log(r.run_dir / "log.jsonl") for r in (alone, helped))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "radam"])

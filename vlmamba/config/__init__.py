@@ -10,6 +10,7 @@ from vlmamba.config.base import (
     dump_yaml,
     field_docs,
     flatten,
+    help_text,
     load_yaml,
 )
 from vlmamba.config.overrides import apply_overrides, parse_overrides
@@ -25,6 +26,7 @@ __all__ = [
     "dump_yaml",
     "field_docs",
     "flatten",
+    "help_text",
     "list_recipes",
     "load_recipe",
     "load_yaml",

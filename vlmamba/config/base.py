@@ -269,6 +269,16 @@ def describe(cls: type[Config], path: str = "") -> list[FieldInfo]:
     return lines
 
 
+def help_text(cls: type[Config]) -> str:
+    """`describe` as text: one dotted key a line with its type and default, its documentation below."""
+    lines = []
+    for info in describe(cls):
+        lines.append(f"--{info.path}  {info.type}  [{info.default}]")
+        if info.doc:
+            lines.append(f"    {info.doc}")
+    return "\n".join(lines)
+
+
 def _inner_config(annotation: Any) -> type[Config] | None:
     if is_config(annotation):
         found: type[Config] = annotation

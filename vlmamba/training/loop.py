@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vlmamba.data import MODEL_KEYS, Loader, Step
 from vlmamba.errors import TrainingError
@@ -65,7 +66,8 @@ def train_loop(run: Training) -> Outcome:
     config, state = run.config, run.state
     saved_at = state.step
     outcome: Outcome = "finished"
-    with progress_bar(state.total_steps, state.step, enabled=run.parallel.is_main) as bar:
+    bar_of = progress_bar(state.total_steps, state.step, enabled=run.parallel.is_main)
+    with logging_redirect_tqdm(), bar_of as bar:
         for step, waited in timed(steps(run.loader, state.total_steps - state.step)):
             loss, grad_norm = optimizer_step(run, step)
             advance(run, step, loss, waited)
@@ -75,14 +77,21 @@ def train_loop(run: Training) -> Outcome:
                 log(run, grad_norm)
             stop = run.parallel.any(run.should_stop())
             if stop or (config.save_every and state.step % config.save_every == 0):
-                run.save(state)
-                saved_at = state.step
+                saved_at = save(run)
             if stop and state.step < state.total_steps:
                 outcome = "stopped"
                 break
     if saved_at != state.step:
-        run.save(state)
+        save(run)
     return outcome
+
+
+def save(run: Training) -> int:
+    """Write a checkpoint, outside the clock of the log; returns its step."""
+    started = time.perf_counter()
+    run.save(run.state)
+    run.window.leave_out(time.perf_counter() - started)
+    return run.state.step
 
 
 def steps(loader: Loader, count: int) -> Iterator[Step]:

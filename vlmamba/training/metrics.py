@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,10 @@ class Window:
     images: int = 0
     data_wait: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count some seconds, spent on a checkpoint, as training."""
+        self.started += seconds
 
     def restart(self) -> None:
         """Begin the next window."""
@@ -218,8 +223,12 @@ class _TrackerLogger(MetricLogger):
 
     def __init__(self, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
         self._tracker: Any = require(self.module, extra="train", feature=f"the logger {self.module!r}")
-        # One id per run directory, so that a resumed run goes on in the same place.
-        self._tracker.init(project="vlmamba", name=run_dir.name, config=dict(config), resume="allow")
+        options = self.identify(run_dir)
+        self._tracker.init(project="vlmamba", config=dict(config), resume="allow", **options)
+
+    def identify(self, run_dir: Path) -> dict[str, str]:
+        """What makes a resumed run go on in the same place there."""
+        return {"name": run_dir.name}
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send every number."""
@@ -235,6 +244,13 @@ class WandbLogger(_TrackerLogger):
     """Weights & Biases."""
 
     module = "wandb"
+
+    def identify(self, run_dir: Path) -> dict[str, str]:
+        """An id of its own, kept in the run's folder: names need not be unique there."""
+        file = run_dir / "wandb_id"
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+        return {"name": run_dir.name, "id": file.read_text(encoding="utf-8").strip()}
 
 
 class TrackioLogger(_TrackerLogger):

@@ -85,6 +85,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> RunResult:
     logger.info("parts:\n%s", format_parts(parts_table(model)))
 
     # Data, optimizer, schedule.
+    logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
     loader = build_data(config, processor, parallel, run_dir=run_dir)
     count = total_steps(config, loader)
     logger.info(
