@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted((ROOT / "vlmamba").rglob("*.py"))
-PROGRAMS = sorted(p for folder in ("train", "eval", "playground", "scripts") for p in (ROOT / folder).glob("*.py"))
+PROGRAMS = sorted(
+    p for folder in ("train", "eval", "playground", "scripts") for p in (ROOT / folder).glob("*.py")
+)
 
 # Who may import whom (besides itself, errors, registry and config).
 MAY_IMPORT = {
@@ -73,8 +75,27 @@ def test_importing_vlmamba_is_light():
 
 
 def test_every_module_imports_without_optional_packages():
-    optional = ["mamba_ssm", "causal_conv1d", "flash_attn", "deepspeed", "datasets", "open_clip", "timm", "triton"]
-    optional += ["tensorboard", "peft", "gradio", "accelerate", "sklearn", "skimage", "matplotlib", "torchdata", "selective_scan_cuda"]
+    optional = [
+        "mamba_ssm",
+        "causal_conv1d",
+        "flash_attn",
+        "deepspeed",
+        "datasets",
+        "open_clip",
+        "timm",
+        "triton",
+    ]
+    optional += [
+        "tensorboard",
+        "peft",
+        "gradio",
+        "accelerate",
+        "sklearn",
+        "skimage",
+        "matplotlib",
+        "torchdata",
+        "selective_scan_cuda",
+    ]
     modules = [
         ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for p in PYTHON
@@ -99,7 +120,18 @@ for module in {modules!r}:
 
 def test_the_wheel_holds_vlmamba_alone(tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            str(ROOT),
+            "--no-deps",
+            "--no-build-isolation",
+            "-q",
+            "-w",
+            str(tmp_path),
+        ],
         check=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
@@ -114,7 +146,9 @@ def test_the_wheel_holds_vlmamba_alone(tmp_path):
 
 
 def tracked():
-    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in done.stdout.split("\n") if name and (ROOT / name).is_file()]
@@ -123,7 +157,9 @@ def tracked():
 def test_no_path_of_one_machine():
     pattern = re.compile(r"(?<![\w./~-])/(work|root|mnt|home|Users|scratch)/\w")
     for path in tracked():
-        if path.suffix in {".py", ".sh", ".md", ".toml", ".yaml", ".jinja", ".json"} and path != Path(__file__):
+        if path.suffix in {".py", ".sh", ".md", ".toml", ".yaml", ".jinja", ".json"} and path != Path(
+            __file__
+        ):
             for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
                 assert len(line) > 5000 or not pattern.search(line), f"{path}:{number}: {line.strip()[:120]}"
 
@@ -131,5 +167,7 @@ def test_no_path_of_one_machine():
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
 def test_scripts_are_short_launchers(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
-    lines = [line for line in path.read_text().split("\n") if line.strip() and not line.lstrip().startswith("#")]
+    lines = [
+        line for line in path.read_text().split("\n") if line.strip() and not line.lstrip().startswith("#")
+    ]
     assert len(lines) <= 25

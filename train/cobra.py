@@ -7,7 +7,14 @@ two epochs of stage 2, batch 128, lr 2e-5, weight decay 0.1, clipping 1.0. Its s
 """
 
 from vlmamba.models.builder import ConnectorConfig, ImageConfig, LanguageConfig, ModelConfig, VisionConfig
-from vlmamba.training.config import BatchConfig, DataConfig, OptimConfig, ScheduleConfig, SourceConfig, TrainConfig
+from vlmamba.training.config import (
+    BatchConfig,
+    DataConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 DINOSIGLIP = VisionConfig(
     family="fused",
@@ -46,7 +53,8 @@ INSTRUCT = (
         annotations="playground/data/lvis_instruct4v_220k.json",
         image_root="playground/data",
         expected_rows=220_000,
-        hint="hf download X2FD/LVIS-Instruct4V lvis_instruct4v_220k.json --repo-type dataset --local-dir playground/data",
+        hint="hf download X2FD/LVIS-Instruct4V lvis_instruct4v_220k.json --repo-type dataset "
+        "--local-dir playground/data",
     ),
     SourceConfig(
         annotations="playground/data/lrv_instruct_400k.json",

@@ -10,13 +10,27 @@ train/vl_mamba.py; sizes and learning rates fit the mini parts.
 
 from vlmamba.errors import ConfigError
 from vlmamba.models.builder import ConnectorConfig, LanguageConfig, ModelConfig, VisionConfig
-from vlmamba.training.config import BatchConfig, DataConfig, OptimConfig, ScheduleConfig, SourceConfig, TrainConfig
+from vlmamba.training.config import (
+    BatchConfig,
+    DataConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 CONNECTORS = {
     "mlp": {},
     "vss-mlp": {"scan": "bsm", "state_size": 8},
     "vss-l2": {"scan": "bsm", "state_size": 8},
-    "qmamba": {"num_queries": 32, "depth": 2, "width": 128, "num_heads": 4, "state_size": 8, "pre_options": {"state_size": 8}},
+    "qmamba": {
+        "num_queries": 32,
+        "depth": 2,
+        "width": 128,
+        "num_heads": 4,
+        "state_size": 8,
+        "pre_options": {"state_size": 8},
+    },
 }
 DATA = "playground/data/mini"
 MAKE_DATA = "python playground/make_data.py"
@@ -25,7 +39,9 @@ MAKE_DATA = "python playground/make_data.py"
 def pretrain(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainConfig:
     """Stage 1: captions; the connector alone trains."""
     if connector not in CONNECTORS:
-        raise ConfigError(f"the playground has sizes for the connectors {', '.join(CONNECTORS)}, not for {connector!r}")
+        raise ConfigError(
+            f"the playground has sizes for the connectors {', '.join(CONNECTORS)}, not for {connector!r}"
+        )
     return TrainConfig(
         output=f"{run}/pretrain",
         model=ModelConfig(
@@ -36,7 +52,13 @@ def pretrain(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
         ),
         train=("multi_modal_projector",),
         data=DataConfig(
-            sources=(SourceConfig(annotations=f"{DATA}/pretrain/captions.json", image_root=f"{DATA}/pretrain/images", hint=MAKE_DATA),),
+            sources=(
+                SourceConfig(
+                    annotations=f"{DATA}/pretrain/captions.json",
+                    image_root=f"{DATA}/pretrain/images",
+                    hint=MAKE_DATA,
+                ),
+            ),
             max_length=512,
             order="length",
             num_workers=1,
@@ -63,7 +85,9 @@ def finetune(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
         data=first.data.replace(
             sources=(
                 SourceConfig(
-                    annotations=f"{DATA}/finetune/conversations.json", image_root=f"{DATA}/finetune/images", hint=MAKE_DATA
+                    annotations=f"{DATA}/finetune/conversations.json",
+                    image_root=f"{DATA}/finetune/images",
+                    hint=MAKE_DATA,
                 ),
             ),
             order="modality_length",

@@ -8,7 +8,14 @@ stage 2 batch 128 and lr 2e-5 on LLaVA-1.5's mix, LVIS-Instruct-4V and LRV-Instr
 """
 
 from vlmamba.models.builder import ConnectorConfig, ImageConfig, LanguageConfig, ModelConfig, VisionConfig
-from vlmamba.training.config import BatchConfig, DataConfig, OptimConfig, ScheduleConfig, SourceConfig, TrainConfig
+from vlmamba.training.config import (
+    BatchConfig,
+    DataConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 SIGLIP = VisionConfig(
     family="siglip",
@@ -42,7 +49,8 @@ INSTRUCT = (
         annotations="playground/data/lvis_instruct4v_220k.json",
         image_root="playground/data",
         expected_rows=220_000,
-        hint="hf download X2FD/LVIS-Instruct4V lvis_instruct4v_220k.json --repo-type dataset --local-dir playground/data",
+        hint="hf download X2FD/LVIS-Instruct4V lvis_instruct4v_220k.json --repo-type dataset "
+        "--local-dir playground/data",
     ),
     SourceConfig(
         annotations="playground/data/lrv_instruct_400k.json",

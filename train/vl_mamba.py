@@ -1,14 +1,22 @@
-"""VL-Mamba (arXiv 2403.13600): SigLIP-SO400M, VSS-L2 connector with BSM, Mamba-2.8B on SlimPajama; LLaVA-1.5's two stages.
+"""VL-Mamba (arXiv 2403.13600): SigLIP-SO400M, VSS-L2 connector with BSM, Mamba-2.8B on SlimPajama.
 
-The paper gives the parts, the stages, what trains in each and the data; learning rates and batch sizes it does not
-give are LLaVA-1.5's (haotian-liu/LLaVA, scripts/v1_5/pretrain.sh and finetune.sh). "(ours)" marks what neither gives.
+Two stages as LLaVA-1.5. The paper gives the parts, the stages, what trains in each and the data; learning rates and
+batch sizes it does not give are LLaVA-1.5's (haotian-liu/LLaVA, scripts/v1_5/pretrain.sh and finetune.sh). "(ours)"
+marks what neither gives.
 
     bash scripts/pretrain.sh vl_mamba
     bash scripts/finetune.sh vl_mamba
 """
 
 from vlmamba.models.builder import ConnectorConfig, ImageConfig, LanguageConfig, ModelConfig, VisionConfig
-from vlmamba.training.config import BatchConfig, DataConfig, OptimConfig, ScheduleConfig, SourceConfig, TrainConfig
+from vlmamba.training.config import (
+    BatchConfig,
+    DataConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 SIGLIP = VisionConfig(
     family="siglip",

@@ -47,7 +47,9 @@ def test_what_is_printed_is_the_answer_of_generate(session, capsys):
     batch = session.processor.apply_chat_template(
         session.messages[:1], tokenize=True, add_generation_prompt=True, return_tensors="pt"
     )
-    tokens = session.model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    tokens = session.model.generate(**batch, max_new_tokens=4, do_sample=False)[
+        0, batch["input_ids"].shape[1] :
+    ]
     assert answer == session.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     assert capsys.readouterr().out.strip() == answer
 
@@ -64,7 +66,7 @@ def test_commands(session, picture, capsys):
 def test_pictures_that_cannot_be_read_are_named(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnot really")
-    with pytest.raises(ImageError, match="broken.png cannot be read as a picture"):
+    with pytest.raises(ImageError, match=r"broken\.png cannot be read as a picture"):
         chat.open_picture(broken)
     with pytest.raises(ImageError, match="there is no file"):
         chat.open_picture(tmp_path / "none.png")
@@ -74,7 +76,17 @@ def test_one_question_from_the_shell(tmp_path, picture, capsys):
     model, processor = tiny_model("mlp")
     model.save_pretrained(tmp_path / "export")
     processor.save_pretrained(tmp_path / "export")
-    words = [str(tmp_path), "--image", str(picture), "--question", "what?", "--max-new-tokens", "3", "--device", "cpu"]
+    words = [
+        str(tmp_path),
+        "--image",
+        str(picture),
+        "--question",
+        "what?",
+        "--max-new-tokens",
+        "3",
+        "--device",
+        "cpu",
+    ]
     assert main(["chat", *words]) == 0
     assert capsys.readouterr().out.strip()
 

@@ -41,7 +41,10 @@ def test_every_verb_has_help(verb, capsys):
         (["train", "vl_mamba:pretrain", "--dry-run", "--optim.lrr", "1"], "optim.lr"),
         (["train", "vl_mamba:pretrain", "--dry-run", "--optim.lr", "fast"], "optim.lr"),
         (["train", "vl_mamba:pretrain", "--dry-run", "--connector", "vss-l3"], "unknown connector 'vss-l3'"),
-        (["train", "vl_mamba:pretrain", "--dry-run", "--model.vision.family", "siglop"], "unknown vision encoder 'siglop'"),
+        (
+            ["train", "vl_mamba:pretrain", "--dry-run", "--model.vision.family", "siglop"],
+            "unknown vision encoder 'siglop'",
+        ),
         (["train", "vl_mamba:pretrain", "--dry-run", "--train", "projector"], "matches no"),
         (["train", "nowhere/recipe.py:x"], "there is no recipe file nowhere/recipe.py"),
         (["chat", "runs/nothing"], "no exported model at runs/nothing: there is no such directory"),
@@ -81,7 +84,17 @@ def test_dry_run_shows_the_full_size_model(capsys):
     assert "558,128 samples and 2,181 steps" in first
     assert "665,298 samples and 5,198 steps" in second
     # VSS-L2 at 1152 -> 2560: two linear layers, a norm, and one Mamba layer of inner width 5120.
-    mixer = 2560 * 10240 + 5120 * 4 + 5120 + 5120 * (160 + 32) + 160 * 5120 + 5120 + 5120 * 16 + 5120 + 5120 * 2560
+    mixer = (
+        2560 * 10240
+        + 5120 * 4
+        + 5120
+        + 5120 * (160 + 32)
+        + 160 * 5120
+        + 5120
+        + 5120 * 16
+        + 5120
+        + 5120 * 2560
+    )
     connector = 1152 * 2560 + 2560 + 2560 + mixer + 2560 * 2560 + 2560
     assert f"multi_modal_projector: {connector:,} of" in first
     assert f"{connector + 2_768_345_600:,} of" in second
@@ -109,5 +122,7 @@ def test_info_prints_backends_and_parts(capsys):
 
 
 def test_python_dash_m():
-    done = subprocess.run([sys.executable, "-m", "vlmamba", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmamba", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("vlmamba ")

@@ -16,17 +16,34 @@ CONNECTORS = sorted(TINY_OPTIONS)
 
 def encode(processor, messages):
     encoded = processor.encode_messages(messages)
-    pixels = processor.image_processor(
-        [p["image"] for m in messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image"]
-        or None,
-        return_tensors="pt",
-    )["pixel_values"] if encoded.num_images else None
+    pixels = (
+        processor.image_processor(
+            [
+                p["image"]
+                for m in messages
+                if not isinstance(m["content"], str)
+                for p in m["content"]
+                if p["type"] == "image"
+            ]
+            or None,
+            return_tensors="pt",
+        )["pixel_values"]
+        if encoded.num_images
+        else None
+    )
     return torch.tensor([encoded.input_ids]), torch.tensor([encoded.labels]), pixels
 
 
 CHATS = [
     [asks("\nWhat is in the image?"), says("a red square")],
-    [asks("Where is the seven?", image=False), says("Top left."), asks("And now?\n"), says("Two."), asks("x"), says("")],
+    [
+        asks("Where is the seven?", image=False),
+        says("Top left."),
+        asks("And now?\n"),
+        says("Two."),
+        asks("x"),
+        says(""),
+    ],
     [asks("How many digits?", image=False), says("3")],
 ]
 
@@ -34,7 +51,9 @@ CHATS = [
 def padded(rows, value, side):
     width = max(r.shape[1] for r in rows)
     pad = [torch.full((1, width - r.shape[1]), value) for r in rows]
-    return torch.cat([torch.cat([p, r] if side == "left" else [r, p], 1) for p, r in zip(pad, rows, strict=True)])
+    return torch.cat(
+        [torch.cat([p, r] if side == "left" else [r, p], 1) for p, r in zip(pad, rows, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -98,13 +117,17 @@ def test_batched_generation_equals_single(side):
     tokens = model.generate(**batch, max_new_tokens=10, do_sample=False)[:, batch["input_ids"].shape[1] :]
     for chat, row in zip(chats, tokens, strict=True):
         single = processor.apply_chat_template(chat, **options)
-        alone = model.generate(**single, max_new_tokens=10, do_sample=False)[0, single["input_ids"].shape[1] :]
+        alone = model.generate(**single, max_new_tokens=10, do_sample=False)[
+            0, single["input_ids"].shape[1] :
+        ]
         assert row[: len(alone)].tolist() == alone.tolist()
 
 
 def test_cached_decoding_equals_recomputing():
     model, processor = tiny_model("qmamba")
-    single = processor.apply_chat_template([asks("What?")], tokenize=True, add_generation_prompt=True, return_tensors="pt")
+    single = processor.apply_chat_template(
+        [asks("What?")], tokenize=True, add_generation_prompt=True, return_tensors="pt"
+    )
     ids = single["input_ids"]
     for _ in range(6):
         logits = model(input_ids=ids, pixel_values=single["pixel_values"]).logits[:, -1]
@@ -115,7 +138,9 @@ def test_cached_decoding_equals_recomputing():
 
 def test_text_streams_token_by_token():
     model, processor = tiny_model()
-    single = processor.apply_chat_template([asks("What?")], tokenize=True, add_generation_prompt=True, return_tensors="pt")
+    single = processor.apply_chat_template(
+        [asks("What?")], tokenize=True, add_generation_prompt=True, return_tensors="pt"
+    )
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
     tokens = model.generate(**single, max_new_tokens=5, do_sample=False, streamer=streamer)
     assert "".join(streamer) == processor.tokenizer.decode(tokens[0, single["input_ids"].shape[1] :])
@@ -133,7 +158,9 @@ def test_saved_and_loaded_bit_equal(connector, language, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     ids, _, pixels = encode(processor, CHATS[0])
-    assert torch.equal(model(input_ids=ids, pixel_values=pixels).logits, loaded(input_ids=ids, pixel_values=pixels).logits)
+    assert torch.equal(
+        model(input_ids=ids, pixel_values=pixels).logits, loaded(input_ids=ids, pixel_values=pixels).logits
+    )
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == (language == "mamba")
 
@@ -178,11 +205,13 @@ def test_nothing_supervised_gives_zero_with_a_graph():
 def test_placeholder_counts_that_differ_raise_with_both():
     model, processor = tiny_model()
     ids, _, pixels = encode(processor, CHATS[0])
-    with pytest.raises(ShapeError, match=r"holds 15 image placeholders .* 1 image\(s\) give 1 x 16 visual tokens"):
+    with pytest.raises(
+        ShapeError, match=r"holds 15 image placeholders .* 1 image\(s\) give 1 x 16 visual tokens"
+    ):
         wrong = ids.clone()
         wrong[0, (ids[0] == processor.image_token_id).nonzero()[0]] = 5
         model(input_ids=wrong, pixel_values=pixels)
-    with pytest.raises(ShapeError, match="holds 16 image placeholders .* no pixel_values"):
+    with pytest.raises(ShapeError, match=r"holds 16 image placeholders .* no pixel_values"):
         model(input_ids=ids)
     with pytest.raises(TypeError, match="does not take pixel_value"):
         model(input_ids=ids, pixel_value=pixels)

@@ -32,7 +32,9 @@ def decode(processor, ids):
 
 
 def test_supervised_ids_are_exactly_the_answers(processor):
-    encoded = processor.encode_messages([asks("\nWhat?"), says("Two."), asks("Where?", image=False), says("Top left.")])
+    encoded = processor.encode_messages(
+        [asks("\nWhat?"), says("Two."), asks("Where?", image=False), says("Top left.")]
+    )
     labels = encoded.labels
     assert decode(processor, labels) == " Two.<|endoftext|> Top left.<|endoftext|>"
     assert all(label in (-100, i) for label, i in zip(labels, encoded.input_ids, strict=True))
@@ -51,7 +53,12 @@ def test_training_ids_begin_with_the_prompt_ids_of_inference(chat):
 
 
 def test_several_images_anywhere_in_a_turn(processor):
-    parts = [{"type": "text", "text": "left "}, {"type": "image"}, {"type": "text", "text": " right "}, {"type": "image"}]
+    parts = [
+        {"type": "text", "text": "left "},
+        {"type": "image"},
+        {"type": "text", "text": " right "},
+        {"type": "image"},
+    ]
     encoded = processor.encode_messages([{"role": "user", "content": parts}, says("yes")])
     ids = torch.tensor(encoded.input_ids)
     runs = (torch.diff((ids == processor.image_token_id).int()) == 1).sum()
@@ -66,13 +73,18 @@ def test_literal_tokens_of_users_are_never_special_ids(processor):
 
 
 def test_tokenizer_gets_the_image_token_once(processor):
-    again = type(processor)(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
+    again = type(processor)(
+        processor.image_processor, processor.tokenizer, chat_template=processor.chat_template
+    )
     assert again.image_token_id == processor.image_token_id
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_are_padded_and_masked(processor, side):
-    chats = [[asks("\nWhat?")], [asks("\nHow many digits are there?"), says("Two."), asks("Where?", image=False)]]
+    chats = [
+        [asks("\nWhat?")],
+        [asks("\nHow many digits are there?"), says("Two."), asks("Where?", image=False)],
+    ]
     batch = processor.apply_chat_template(
         chats, tokenize=True, add_generation_prompt=True, return_tensors="pt", padding_side=side
     )
@@ -123,7 +135,9 @@ def test_a_sentencepiece_like_bos_is_added_once():
     from tokenizers.processors import TemplateProcessing
 
     bos = tokenizer.convert_tokens_to_ids("<s>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
     with_bos = type(processor)(
         processor.image_processor, tokenizer, chat_template=processor.chat_template, num_image_tokens=16
     )

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0].startswith("-"):
         parser.parse_args(words or ["--help"])
     verb = parser.parse_args(words[:1]).verb
-    logging.basicConfig(level=os.environ.get("VLMAMBA_LOG", "INFO").upper(), format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=os.environ.get("VLMAMBA_LOG", "INFO").upper(), format="%(message)s", stream=sys.stderr
+    )
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     command = importlib.import_module(f"vlmamba.cli.{'evaluate' if verb == 'eval' else verb}")

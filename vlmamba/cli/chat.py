@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +28,18 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 def run(words: Sequence[str]) -> int:
     """Run the verb."""
-    parser = argparse.ArgumentParser(prog="vlmamba chat", description="Talk with a model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="vlmamba chat", description="Talk with a model.", allow_abbrev=False
+    )
     parser.add_argument("checkpoint", help="a finished run (runs/NAME) or an exported model directory")
-    parser.add_argument("--image", action="append", default=[], help="picture for the first question (repeatable)")
+    parser.add_argument(
+        "--image", action="append", default=[], help="picture for the first question (repeatable)"
+    )
     parser.add_argument("--question", help="ask this once, print the answer and leave")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default): always the likeliest token"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arguments = parser.parse_args(words)
     session = Session.load(arguments)
@@ -88,7 +93,10 @@ class Session:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         model, processor = load_model(arguments.checkpoint, dtype)
         return cls(
-            model.to(device), processor, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature
+            model.to(device),
+            processor,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
         )
 
     def handle(self, line: str) -> None:
@@ -212,5 +220,3 @@ def _looks_like_picture(path: str) -> bool:
 
 def _size(picture: Any) -> str:
     return f"{picture.width} x {picture.height} pixels"
-
-

@@ -18,7 +18,9 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("source", help="directory or file to read")
     parser.add_argument("target", help="directory to write")
-    parser.add_argument("--to", choices=TARGETS, default="transformers", help="layout to write (default: transformers)")
+    parser.add_argument(
+        "--to", choices=TARGETS, default="transformers", help="layout to write (default: transformers)"
+    )
     arguments = parser.parse_args(words)
     result = convert(arguments.source, arguments.target, to=arguments.to)
     print(result)

@@ -32,7 +32,9 @@ PACKAGES = (
 def run(words: Sequence[str]) -> int:
     """Run the verb."""
     argparse.ArgumentParser(
-        prog="vlmamba info", description="Versions, devices, scan backends, parts by name.", allow_abbrev=False
+        prog="vlmamba info",
+        description="Versions, devices, scan backends, parts by name.",
+        allow_abbrev=False,
     ).parse_args(words)
     import torch
 
@@ -48,7 +50,9 @@ def run(words: Sequence[str]) -> int:
     for name in PACKAGES:
         print(f"  {name:16} {_version(name)}")
     print("\ndevices")
-    print(f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores")
+    print(
+        f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

@@ -21,7 +21,9 @@ def run(words: Sequence[str]) -> int:
         "recipe", help="train/NAME.py:FUNCTION, NAME:FUNCTION, or the config.yaml of a run, to repeat it"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in its output folder")
-    parser.add_argument("--dry-run", action="store_true", help="sizes, steps and missing files; needs no weights")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="sizes, steps and missing files; needs no weights"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
     parser.add_argument("--help-config", action="store_true", help="print every setting and what it means")
     arguments, overrides = parser.parse_known_args(words)

@@ -226,7 +226,11 @@ def export_directory(path: str | Path) -> Path:
     for candidate in (given, given / "export"):
         if (candidate / "config.json").is_file():
             return candidate
-    state = "there is no such directory" if not given.is_dir() else "it holds neither config.json nor export/config.json"
+    state = (
+        "there is no such directory"
+        if not given.is_dir()
+        else "it holds neither config.json nor export/config.json"
+    )
     raise MissingFileError(
         f"no exported model at {given}: {state}. Give a run directory (runs/NAME) whose training has finished, or an "
         "exported model directory."
@@ -290,5 +294,6 @@ def _part_weights(part: str, path: str) -> dict[str, torch.Tensor]:
     if part == "layers":
         return dict(load_language_model(path, torch.float32).state_dict())
     raise MissingFileError(
-        f"model.connector.init.{part}: no {CONNECTOR_FILE} at {path} or {path}/export; give a finished run or its export"
+        f"model.connector.init.{part}: no {CONNECTOR_FILE} at {path} or {path}/export; give a finished run or its "
+        "export"
     )

@@ -10,6 +10,7 @@ token or a turn: such strings are carried through the template as placeholders a
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -32,6 +33,7 @@ IMAGE_TOKEN = "<image>"
 _START, _END, _LITERAL = "\ufdd0", "\ufdd1", 0xFDD2
 _NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
 _MAX_LITERALS = 0xFDF0 - _LITERAL
+_PLACEHOLDER = re.compile("([\ufdd2-\ufdef])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,24 +185,21 @@ class _Escaper:
     def pieces(self, text: str) -> tuple[Piece, ...]:
         """Split rendered text at images (the template's) and escaped literals (the user's)."""
         pieces: list[Piece] = []
-
-        def add_text(run: str) -> None:
-            for index, part in enumerate(run.split(IMAGE_TOKEN)):
-                if index:
-                    pieces.append(Piece("image", ""))
-                if part:
-                    pieces.append(Piece("text", part))
-
-        run: list[str] = []
-        for char in text:
-            if char in _NONCHARACTERS:
-                add_text("".join(run))
-                run = []
-                pieces.append(Piece("literal", self.used[ord(char) - _LITERAL]))
+        for part in _PLACEHOLDER.split(text):
+            if _PLACEHOLDER.fullmatch(part):
+                pieces.append(Piece("literal", self.used[ord(part) - _LITERAL]))
             else:
-                run.append(char)
-        add_text("".join(run))
+                pieces += split_images(part)
         return tuple(pieces)
+
+
+def split_images(text: str) -> tuple[Piece, ...]:
+    """Split text in which ``<image>`` stands for images."""
+    pieces: list[Piece] = []
+    for index, part in enumerate(text.split(IMAGE_TOKEN)):
+        pieces += [Piece("image", "")] if index else []
+        pieces += [Piece("text", part)] if part else []
+    return tuple(pieces)
 
 
 def plain_text(segments: Sequence[Segment]) -> str:

@@ -46,15 +46,16 @@ class VLMambaConfig(PreTrainedConfig):
             fields = dict(text_config)
             model_type = fields.pop("model_type", None)
             if model_type is None:
-                raise ConfigError("text_config has no model_type: which language model it describes is not known")
+                raise ConfigError(
+                    "text_config has no model_type: which language model it describes is not known"
+                )
             text_config = AutoConfig.for_model(model_type, **fields)
-        self.text_config = text_config
+        self.text_config: Any = text_config
         self.image_token_id = image_token_id
         if text_config is not None:
             kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False)))
-            kwargs.setdefault("pad_token_id", text_config.pad_token_id)
-            kwargs.setdefault("eos_token_id", text_config.eos_token_id)
-            kwargs.setdefault("bos_token_id", text_config.bos_token_id)
+            for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+                kwargs.setdefault(name, getattr(text_config, name))
         super().__init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:

@@ -202,10 +202,13 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         head = self.language_model.get_output_embeddings()
         loss = logits = None
         if labels is not None:
-            rows = {"attention_mask": attention_mask, "seq_idx": seq_idx, "num_items": num_items}
-            loss = next_token_loss(hidden, head, labels, **rows)
+            loss = next_token_loss(
+                hidden, head, labels, attention_mask=attention_mask, seq_idx=seq_idx, num_items=num_items
+            )
         if labels is None or logits_to_keep is not None:
-            logits = apply_head(head, select_rows(hidden, 0 if logits_to_keep is None else logits_to_keep, attention_mask))
+            logits = apply_head(
+                head, select_rows(hidden, 0 if logits_to_keep is None else logits_to_keep, attention_mask)
+            )
         output = VLMambaOutput(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
@@ -238,7 +241,7 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Called by `generate`: the language model's own kind of cache."""
         prepare_generation_cache(self.language_model, generation_config, model_kwargs)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Save a plain transformers directory; the connector's present scan is what is recorded."""
         connector = self.multi_modal_projector
         self.config.connector_config = {"name": connector.name, "options": dict(connector.options)}
@@ -247,8 +250,13 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     # transformers' generate passes these along to every model; a recurrent model has no use for them.
-    passed_along = {"cache_position", "position_ids", "output_attentions", "output_hidden_states", "token_type_ids"}
+    passed_along = {
+        "cache_position",
+        "position_ids",
+        "output_attentions",
+        "output_hidden_states",
+        "token_type_ids",
+    }
     unknown = sorted(k for k, v in kwargs.items() if k not in passed_along and v is not None)
     if unknown:
         raise TypeError(f"VLMambaForConditionalGeneration.forward() does not take {', '.join(unknown)}")
-

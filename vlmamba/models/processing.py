@@ -18,7 +18,15 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
 from vlmamba.errors import ConfigError, DataError
-from vlmamba.models.chat import IMAGE_TOKEN, Message, Segment, plain_text, render_segments
+from vlmamba.models.chat import (
+    IMAGE_TOKEN,
+    Message,
+    Piece,
+    Segment,
+    plain_text,
+    render_segments,
+    split_images,
+)
 
 IGNORE_INDEX = -100
 
@@ -131,19 +139,11 @@ class VLMambaProcessor(ProcessorMixin):
         if text is None:
             return self._images(images, None, return_tensors)
         prompts = [text] if isinstance(text, str) else list(text)
-        from vlmamba.models.chat import Piece
-
-        encoded = []
-        for prompt in prompts:
-            pieces: list[Piece] = []
-            for index, part in enumerate(prompt.split(IMAGE_TOKEN)):
-                pieces += [Piece("image", "")] if index else []
-                pieces += [Piece("text", part)] if part else []
-            encoded.append(self._encode([Segment(tuple(pieces), supervised=False)]))
+        encoded = [self._encode([Segment(split_images(prompt), supervised=False)]) for prompt in prompts]
         batched = not isinstance(text, str) or return_tensors is not None
         return self._batch(encoded, images, padding, padding_side, return_tensors, batched)
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self,
         conversation: Any,
         chat_template: str | None = None,
@@ -315,7 +315,7 @@ def _reopen_last(segments: list[Segment], eos: str) -> list[Segment]:
         raise DataError("continue_final_message needs a conversation that ends with an assistant message")
     pieces = list(segments[last].pieces)
     if eos and pieces and pieces[-1].kind == "text":
-        pieces[-1] = type(pieces[-1])("text", pieces[-1].text.removesuffix(eos))
+        pieces[-1] = Piece("text", pieces[-1].text.removesuffix(eos))
     return [
         *segments[:last],
         Segment(tuple(p for p in pieces if p.kind != "text" or p.text), supervised=True),

@@ -42,7 +42,10 @@ def write_llava_json(path: Path, images: Sequence[str], *, text_only: int = 0) -
     rows += [
         {
             "id": index,
-            "conversations": [{"from": "human", "value": "Where is the seven?"}, {"from": "gpt", "value": "Top left."}],
+            "conversations": [
+                {"from": "human", "value": "Where is the seven?"},
+                {"from": "gpt", "value": "Top left."},
+            ],
         }
         for index in range(text_only)
     ]

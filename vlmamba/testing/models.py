@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
-from vlmamba.models import VLMambaConfig, VLMambaForConditionalGeneration, VLMambaImageProcessor, VLMambaProcessor
+from vlmamba.models import (
+    VLMambaConfig,
+    VLMambaForConditionalGeneration,
+    VLMambaImageProcessor,
+    VLMambaProcessor,
+)
 from vlmamba.models.chat import load_template
 from vlmamba.models.connectors import build_connector
 
@@ -43,7 +48,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained()), eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, unk_token=END_OF_TEXT
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
     )
 
 
@@ -77,17 +85,32 @@ def tiny_vision_config(feature_layer: int = -2) -> dict[str, Any]:
 
 def tiny_text_config(language: str = "mamba") -> MambaConfig | LlamaConfig:
     """A two-layer language model of width 32 and 368 vocabulary rows: "mamba" or "llama"."""
-    common = {"vocab_size": 368, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 0}
+    common = {
+        "vocab_size": 368,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+    }
     if language == "mamba":
         return MambaConfig(**common, state_size=4, bos_token_id=0, initializer_range=0.05)
-    return LlamaConfig(**common, intermediate_size=48, num_attention_heads=4, bos_token_id=None, tie_word_embeddings=False)
+    return LlamaConfig(
+        **common, intermediate_size=48, num_attention_heads=4, bos_token_id=None, tie_word_embeddings=False
+    )
 
 
 TINY_OPTIONS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "vss-mlp": {"state_size": 4},
     "vss-l2": {"state_size": 4},
-    "qmamba": {"num_queries": 6, "depth": 2, "width": 16, "num_heads": 2, "state_size": 4, "pre_options": {"state_size": 4}},
+    "qmamba": {
+        "num_queries": 6,
+        "depth": 2,
+        "width": 16,
+        "num_heads": 2,
+        "state_size": 4,
+        "pre_options": {"state_size": 4},
+    },
 }
 
 

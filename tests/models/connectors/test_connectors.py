@@ -40,7 +40,9 @@ def test_shapes_and_gradients(name):
 @pytest.mark.parametrize("name", sorted(TINY_OPTIONS))
 def test_images_do_not_see_each_other(name):
     connector, x = build(name), features(batch=3)
-    torch.testing.assert_close(connector(x), torch.cat([connector(row[None]) for row in x]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        connector(x), torch.cat([connector(row[None]) for row in x]), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["vss-mlp", "vss-l2"])
@@ -185,7 +187,9 @@ def test_qmambas_default_sizes_are_mamba_130ms():
     with torch.device("meta"):
         connector = build_connector("qmamba", vision_dim=1152, text_dim=2560, grid=(27, 27))
     assert (len(connector.layers), connector.queries.shape) == (24, (256, 768))
-    mamba = sum(p.numel() for n, p in connector.layers.named_parameters() if n.split(".")[1] in ("norm", "mixer"))
+    mamba = sum(
+        p.numel() for n, p in connector.layers.named_parameters() if n.split(".")[1] in ("norm", "mixer")
+    )
     assert mamba == 129_135_360 - 50280 * 768 - 768  # Mamba-130M without embeddings and final norm
 
 

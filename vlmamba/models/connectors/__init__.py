@@ -34,7 +34,7 @@ def build_connector(
     """
     cls = CONNECTORS.get(name)
     check_options(name, cls, options)
-    connector = cls(vision_dim=vision_dim, text_dim=text_dim, grid=tuple(grid), **options)
+    connector = cls(vision_dim=vision_dim, text_dim=text_dim, grid=grid, **options)
     connector.name, connector.options = name, dict(options)
     return connector
 

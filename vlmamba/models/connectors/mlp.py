@@ -5,6 +5,8 @@ Shapes: B images, V patches, F vision width, D text width.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,22 +29,35 @@ class MLPConnector(Connector):
     """
 
     def __init__(
-        self, *, vision_dim: int, text_dim: int, grid: tuple[int, int], depth: int = 2, hidden_dim: int | None = None
+        self,
+        *,
+        vision_dim: int,
+        text_dim: int,
+        grid: tuple[int, int],
+        depth: int = 2,
+        hidden_dim: int | None = None,
     ) -> None:
         super().__init__(vision_dim=vision_dim, text_dim=text_dim, grid=grid)
         if depth < 1:
             raise ConfigError(f"connector 'mlp': depth must be at least 1, got {depth}")
         if depth == 1 and hidden_dim is not None:
-            raise ConfigError(f"connector 'mlp': depth 1 has no hidden layer, but hidden_dim={hidden_dim} was given")
-        widths = [vision_dim, *([hidden_dim or text_dim] if depth > 1 else []), *[text_dim] * max(depth - 1, 1)]
+            raise ConfigError(
+                f"connector 'mlp': depth 1 has no hidden layer, but hidden_dim={hidden_dim} was given"
+            )
+        widths = [
+            vision_dim,
+            *([hidden_dim or text_dim] if depth > 1 else []),
+            *[text_dim] * max(depth - 1, 1),
+        ]
         self.depth = depth
         # Named as in transformers' LlavaMultiModalProjector.
-        for index, (into, out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for index, (into, out) in enumerate(pairwise(widths), start=1):
             setattr(self, f"linear_{index}", nn.Linear(into, out))
 
     def project(self, features: Tensor) -> Tensor:
         """(B, V, F) -> (B, V, D)."""
-        x = self.linear_1(features)
+        x: Tensor = self.get_submodule("linear_1")(features)
         for index in range(2, self.depth + 1):
-            x = getattr(self, f"linear_{index}")(F.gelu(x))
+            linear: nn.Module = getattr(self, f"linear_{index}")
+            x = linear(F.gelu(x))
         return x

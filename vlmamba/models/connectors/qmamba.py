@@ -68,7 +68,10 @@ class CrossAttention(nn.Module):
             index, valid = (t.to(q.device) for t in local_windows(q.shape[1], k.shape[1]))
             # One query against its W keys: (B, Q, A, 1, P) x (B, Q, A, W, P).
             out = F.scaled_dot_product_attention(
-                q.unsqueeze(3), k[:, index].transpose(2, 3), v[:, index].transpose(2, 3), attn_mask=valid[:, None, None, :]
+                q.unsqueeze(3),
+                k[:, index].transpose(2, 3),
+                v[:, index].transpose(2, 3),
+                attn_mask=valid[:, None, None, :],
             ).squeeze(3)
         else:
             out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
@@ -79,7 +82,15 @@ class QMambaBlock(nn.Module):
     """Causal Mamba layer, cross-attention, FFN, each pre-normed and residual; `norm` and `mixer` named as Mamba's."""
 
     def __init__(
-        self, dim: int, feature_dim: int, num_heads: int, *, local: bool, ffn: bool, ffn_ratio: float, state_size: int
+        self,
+        dim: int,
+        feature_dim: int,
+        num_heads: int,
+        *,
+        local: bool,
+        ffn: bool,
+        ffn_ratio: float,
+        state_size: int,
     ) -> None:
         super().__init__()
         self.norm = RMSNorm(dim)
@@ -148,10 +159,14 @@ class QMambaConnector(Connector):
                 f"connector 'qmamba': num_queries and depth must be at least 1, got {num_queries} and {depth}"
             )
         if pre is None and pre_options:
-            raise ConfigError(f"connector 'qmamba': pre_options {dict(pre_options)} without a connector in front (pre)")
+            raise ConfigError(
+                f"connector 'qmamba': pre_options {dict(pre_options)} without a connector in front (pre)"
+            )
         self.num_queries = num_queries
         self.pre = (
-            build_connector(pre, vision_dim=vision_dim, text_dim=text_dim, grid=self.grid, **dict(pre_options or {}))
+            build_connector(
+                pre, vision_dim=vision_dim, text_dim=text_dim, grid=self.grid, **dict(pre_options or {})
+            )
             if pre is not None
             else None
         )
@@ -161,7 +176,13 @@ class QMambaConnector(Connector):
         self.feature_norm = RMSNorm(feature_dim)
         self.layers = nn.ModuleList(
             QMambaBlock(
-                width, feature_dim, heads, local=attention == "local", ffn=ffn, ffn_ratio=ffn_ratio, state_size=state_size
+                width,
+                feature_dim,
+                heads,
+                local=attention == "local",
+                ffn=ffn,
+                ffn_ratio=ffn_ratio,
+                state_size=state_size,
             )
             for _ in range(depth)
         )

@@ -122,7 +122,13 @@ class VSSMLPConnector(_ScanConnector):
     ) -> None:
         super().__init__(vision_dim=vision_dim, text_dim=text_dim, grid=grid)
         self.vss = VSS(
-            vision_dim, self.grid, scan=scan, share_weights=share_weights, merge=merge, state_size=state_size, expand=expand
+            vision_dim,
+            self.grid,
+            scan=scan,
+            share_weights=share_weights,
+            merge=merge,
+            state_size=state_size,
+            expand=expand,
         )
         self.norm = RMSNorm(vision_dim)
         self.linear_1 = nn.Linear(vision_dim, text_dim)
@@ -166,7 +172,13 @@ class VSSL2Connector(_ScanConnector):
         width = width or text_dim
         self.linear_1 = nn.Linear(vision_dim, width)
         self.vss = VSS(
-            width, self.grid, scan=scan, share_weights=share_weights, merge=merge, state_size=state_size, expand=expand
+            width,
+            self.grid,
+            scan=scan,
+            share_weights=share_weights,
+            merge=merge,
+            state_size=state_size,
+            expand=expand,
         )
         self.norm = RMSNorm(width)
         self.linear_2 = nn.Linear(width, text_dim)
@@ -179,5 +191,7 @@ class VSSL2Connector(_ScanConnector):
 
 def _check_scan(scan: str) -> str:
     if scan not in SCANS:
-        raise ConfigError(f"unknown scan {scan!r}.{close_matches(scan, list(SCANS))} Known: {', '.join(SCANS)}.")
+        raise ConfigError(
+            f"unknown scan {scan!r}.{close_matches(scan, list(SCANS))} Known: {', '.join(SCANS)}."
+        )
     return scan
