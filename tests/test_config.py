@@ -16,8 +16,8 @@ from vlmamba.config import (
     describe,
     diff_configs,
     dump_yaml,
+    field_infos,
     flatten,
-    help_text,
     list_recipes,
     load_recipe,
     load_yaml,
@@ -117,13 +117,13 @@ class TestConfig:
             run().replace(step=3)
 
     def test_docs_and_describe(self) -> None:
-        lines = {info.path: info for info in describe(Run)}
+        lines = {info.path: info for info in field_infos(Run)}
         assert lines["optim.name"].doc == "Which optimizer."
         assert lines["optim.lr"].doc == "Peak learning rate; over two lines."
         assert lines["optim.name"].type == "'adamw' | 'radam'"
         assert lines["output"].default == "(required)"
         assert "sources.0.weight" in lines
-        assert "--optim.name  'adamw' | 'radam'  [adamw]\n    Which optimizer.\n" in help_text(Run)
+        assert "--optim.name  'adamw' | 'radam'  [adamw]\n    Which optimizer.\n" in describe(Run)
 
 
 class TestYaml:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_known_files_have_hints_of_their_own(make_config: MakeConfig) -> None:
     changes = {"data.sources": "[{annotations: data/none/llava_v1_5_mix665k.json, image_root: data/none}]"}
     hints = {item.what: item.hint for item in missing_files(make_config(changes))}
     assert "LLaVA-Instruct-150K" in hints["annotations"]
+
+
+def test_image_folders_that_rows_name(make_config: MakeConfig, task: Path, tmp_path: Path) -> None:
+    rows = json.loads((task / "rows.json").read_text())
+    rows[0]["image"] = "coco/train2017/a.jpg"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = make_config({"data.sources.0.annotations": str(tmp_path / "rows.json")})
+    report = dry_run(config)
+    assert "files: 1 missing" in report and "http://images.cocodataset.org/zips/train2017.zip" in report
+    with pytest.raises(
+        MissingFileError, match=r"(?s)1 folders of images .*images/coco/train2017.*train2017.zip"
+    ):
+        run(config)
+    assert not Path(config.output).exists()
 
 
 def test_hub_ids_alone_do_not_stop_a_run(make_config: MakeConfig) -> None:

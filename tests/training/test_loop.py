@@ -15,7 +15,7 @@ import torch
 from vlmamba.errors import DataError, TrainingError
 from vlmamba.training.checkpoint import RunState
 from vlmamba.training.config import TrainConfig
-from vlmamba.training.data import build_data
+from vlmamba.training.data import build_data, open_sources
 from vlmamba.training.loop import Training, accumulate_gradients
 from vlmamba.training.metrics import FlopCount, Window, read_log
 from vlmamba.training.optim import build_optimizer
@@ -38,7 +38,7 @@ def prepare(config: TrainConfig, tmp_path: Path) -> Training:
         model=model,
         optimizer=build_optimizer(model, config.optim),
         schedule=Schedule(config.schedule, 5),
-        loader=build_data(config, processor, parallel, run_dir=tmp_path),
+        loader=build_data(config, open_sources(config), processor, parallel, run_dir=tmp_path),
         state=RunState(total_steps=5),
         window=Window(),
         save=lambda state: None,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmamba.config import describe, dump_yaml, load_yaml
+from vlmamba.config import dump_yaml, field_infos, load_yaml
 from vlmamba.errors import ConfigError
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import plan_settings
@@ -63,7 +63,7 @@ def test_yaml_round_trip(make_config: MakeConfig, tmp_path: Any) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    undocumented = [info.path for info in describe(TrainConfig) if not info.doc]
+    undocumented = [info.path for info in field_infos(TrainConfig) if not info.doc]
     assert undocumented == []
 
 

@@ -9,8 +9,8 @@ from vlmamba.config.base import (
     diff_configs,
     dump_yaml,
     field_docs,
+    field_infos,
     flatten,
-    help_text,
     load_yaml,
 )
 from vlmamba.config.overrides import apply_overrides, parse_overrides
@@ -25,8 +25,8 @@ __all__ = [
     "diff_configs",
     "dump_yaml",
     "field_docs",
+    "field_infos",
     "flatten",
-    "help_text",
     "list_recipes",
     "load_recipe",
     "load_yaml",

@@ -252,7 +252,7 @@ class FieldInfo(NamedTuple):
     doc: str
 
 
-def describe(cls: type[Config], path: str = "") -> list[FieldInfo]:
+def field_infos(cls: type[Config], path: str = "") -> list[FieldInfo]:
     """Every field that an override can set: dotted key, type, default and documentation."""
     lines: list[FieldInfo] = []
     docs = field_docs(cls)  # type: ignore[arg-type]
@@ -261,7 +261,7 @@ def describe(cls: type[Config], path: str = "") -> list[FieldInfo]:
         inner = _inner_config(annotation)
         if inner is not None:
             index = "0" if get_origin(annotation) is tuple else ""
-            lines.extend(describe(inner, _join(key, index) if index else key))
+            lines.extend(field_infos(inner, _join(key, index) if index else key))
             continue
         field = cls._fields()[name]
         default = "(required)" if _is_required(field) else _show(_default(field))
@@ -269,10 +269,10 @@ def describe(cls: type[Config], path: str = "") -> list[FieldInfo]:
     return lines
 
 
-def help_text(cls: type[Config]) -> str:
-    """`describe` as text: one dotted key a line with its type and default, its documentation below."""
+def describe(cls: type[Config]) -> str:
+    """`field_infos` as text: one dotted key a line with its type and default, its documentation below."""
     lines = []
-    for info in describe(cls):
+    for info in field_infos(cls):
         lines.append(f"--{info.path}  {info.type}  [{info.default}]")
         if info.doc:
             lines.append(f"    {info.doc}")

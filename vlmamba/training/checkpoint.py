@@ -87,12 +87,7 @@ def save_checkpoint(
         (directory / "state.json").write_text(
             json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8"
         )
-    try:
-        write_text(folder / LATEST, final.name + "\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"{final} is complete, but {folder / LATEST} could not be written: {error}."
-        ) from error
+    write_text(folder / LATEST, final.name + "\n")
     if keep_last:
         for old in complete_checkpoints(run_dir)[:-keep_last]:
             if old != final:

@@ -3,30 +3,80 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmamba.data import Loader, Mixture, PlanSettings, VLDataset, build_loader, build_source, compute_lengths
-from vlmamba.errors import ConfigError
+from vlmamba.data import (
+    Loader,
+    Mixture,
+    PlanSettings,
+    Source,
+    VLDataset,
+    build_loader,
+    build_source,
+    compute_lengths,
+    missing_folders,
+)
+from vlmamba.errors import ConfigError, MissingFileError
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.parallel import Parallel
 
+logger = logging.getLogger(__name__)
 
-def build_data(config: TrainConfig, processor: Any, parallel: Parallel, *, run_dir: Path) -> Loader:
-    """Sources, mixture, data set, plan, loader.
+MOST_LISTED = 12
+TOLERATED_BAD_FRACTION = 0.01
+"""Above it, the user has said that rows without pictures are to be left out."""
+
+
+def open_sources(config: TrainConfig) -> list[Source]:
+    """Index the annotation files, and look whether the folders of their images are there.
+
+    Raises:
+        MissingFileError: An annotation file or a folder that its rows name is not there.
+        DataError: An annotation file is no list of rows.
+    """
+    sources = [
+        build_source("llava", annotations=s.annotations, image_root=s.root, name=s.name, hint=s.hint)
+        for s in config.data.sources
+    ]
+    missing = {folder: hint for source in sources for folder, hint in missing_folders(source).items()}
+    if missing:
+        message = missing_folders_message(missing)
+        if config.data.max_bad_fraction <= TOLERATED_BAD_FRACTION:
+            raise MissingFileError(message)
+        logger.warning("%s", message)
+    return sources
+
+
+def missing_folders_message(missing: Mapping[Path, str | None]) -> str:
+    """Image folders that are not there, with where to get them."""
+    lines = []
+    for folder, hint in list(missing.items())[:MOST_LISTED]:
+        lines.append(f"  {folder}" + (f"\n    get it: {hint}" if hint else ""))
+    if len(missing) > MOST_LISTED:
+        lines.append(f"  and {len(missing) - MOST_LISTED} more")
+    return (
+        f"{len(missing)} folders of images that the annotations name are not there:\n"
+        + "\n".join(lines)
+        + "\n"
+        "Get them, or train without those rows: --data.max_bad_fraction with their share of all rows."
+    )
+
+
+def build_data(
+    config: TrainConfig, sources: Sequence[Source], processor: Any, parallel: Parallel, *, run_dir: Path
+) -> Loader:
+    """Mixture, data set, plan, loader.
 
     Raises:
         ConfigError: The batch sizes do not fit the number of processes, or a sample is longer than the token
             budget.
-        MissingFileError: An annotation file or image folder is not there.
-        DataError: An annotation file is no list of rows, or too many rows cannot be used.
+        DataError: Too many rows cannot be used.
     """
     data = config.data
-    sources = [
-        build_source("llava", annotations=s.annotations, image_root=s.root, name=s.name, hint=s.hint)
-        for s in data.sources
-    ]
     mixture = Mixture(sources, [s.weight for s in data.sources], seed=config.seed)
     dataset = VLDataset(
         mixture, processor, max_length=data.max_length, image_position=data.image_position, seed=config.seed

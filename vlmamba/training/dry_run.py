@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from vlmamba.data import build_source, missing_folders
 from vlmamba.data.index import RowFile
 from vlmamba.errors import CheckpointError, MissingFileError
 from vlmamba.models.builder import build_meta_model
 from vlmamba.training.config import SourceConfig, TrainConfig
-from vlmamba.training.files import PLAYGROUND, format_missing, missing_files
+from vlmamba.training.data import MOST_LISTED
+from vlmamba.training.files import PLAYGROUND, MissingItem, format_missing, missing_files
 from vlmamba.training.parts import PartRow, format_parts, parts_table, set_trainable
 from vlmamba.training.schedule import Schedule
 
@@ -107,13 +109,24 @@ def _rows_of(source: SourceConfig) -> tuple[int | None, str]:
 
 
 def _files_section(config: TrainConfig) -> str:
-    missing = missing_files(config)
+    missing = [*missing_files(config), *_missing_image_folders(config)]
     if not missing:
         return "files\n  all there"
     return (
         f"files: {len(missing)} missing\n{format_missing(missing)}\n"
         f"  Without downloads, on the playground's small task: {PLAYGROUND}"
     )
+
+
+def _missing_image_folders(config: TrainConfig) -> list[MissingItem]:
+    """Folders named by the rows of the annotation files that are there."""
+    items = []
+    for source in config.data.sources:
+        if Path(source.annotations).expanduser().is_file() and source.root.expanduser().is_dir():
+            opened = build_source("llava", annotations=source.annotations, image_root=source.root)
+            for folder, hint in list(missing_folders(opened).items())[:MOST_LISTED]:
+                items.append(MissingItem("images", str(folder), hint or source.hint))
+    return items
 
 
 def _indent(text: str) -> str:

@@ -75,11 +75,14 @@ def format_missing(items: list[MissingItem]) -> str:
     """One entry an item: what, where it was looked for, where to get it."""
     width = max((len(item.what) for item in items), default=0)
     lines = []
+    last_hint = ""
     for item in items:
         note = "  (fetched from the hub when the run starts)" if item.automatic else ""
         lines.append(f"  {item.what:<{width}}  {item.path}{note}")
         if item.hint:
-            lines.append(f"  {'':<{width}}    get it: {item.hint}")
+            hint = "as the one above" if item.hint == last_hint else item.hint
+            lines.append(f"  {'':<{width}}    get it: {hint}")
+        last_hint = item.hint
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmamba.errors import MissingDependencyError, require
+from vlmamba.errors import CheckpointError, MissingDependencyError, require
 from vlmamba.registry import Registry
 from vlmamba.training.parallel import Parallel
+from vlmamba.training.run_dir import write_failure, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -167,21 +169,28 @@ class JsonlLogger(MetricLogger):
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
+        self.path = path
         if path.exists():
             kept = [line for line in read_log(path) if line["step"] <= resume_step]
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append the line."""
-        self._file.write(json.dumps(dict(line)) + "\n")
-        self._file.flush()
+        """Append the line.
+
+        Raises:
+            CheckpointError: The disk is full or fails.
+        """
+        try:
+            self._file.write(json.dumps(dict(line)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(write_failure(self.path, error)) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what could not be written was reported by `log`."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from vlmamba.errors import CheckpointError
 from vlmamba.models.builder import build_model
 from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training.config import TrainConfig
-from vlmamba.training.data import build_data, total_steps
+from vlmamba.training.data import build_data, open_sources, total_steps
 from vlmamba.training.export import EXPORT, export_model
 from vlmamba.training.files import check_files
 from vlmamba.training.init_from import init_from
@@ -73,9 +73,11 @@ def run(config: TrainConfig, *, resume: bool = False) -> RunResult:
         DataError: Too many rows cannot be used.
         TrainingError: Loss or gradients are not finite.
     """
-    # Config, and a folder that is ours.
+    # Config, files, and a folder that is ours.
     parallel = make_parallel(config.parallel, config.device)
     check_files(config)
+    logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
+    sources = open_sources(config)
     run_dir = Path(config.output)
     start = _open_run(config, run_dir, parallel, resume=resume)
 
@@ -85,8 +87,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> RunResult:
     logger.info("parts:\n%s", format_parts(parts_table(model)))
 
     # Data, optimizer, schedule.
-    logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
-    loader = build_data(config, processor, parallel, run_dir=run_dir)
+    loader = build_data(config, sources, processor, parallel, run_dir=run_dir)
     count = total_steps(config, loader)
     logger.info(
         "data: %d rows, %d steps of %d samples", len(loader.dataset), count, config.batch.global_batch_size

@@ -53,7 +53,11 @@ def sync_file(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: written beside it under a hidden name, then renamed."""
+    """Replace a file as a whole: written beside it under a hidden name, then renamed.
+
+    Raises:
+        CheckpointError: The disk is full or fails; the file is as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -61,6 +65,8 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(write_failure(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -94,7 +100,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_write_failure(final, error)) from error
+        raise CheckpointError(write_failure(final, error)) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -111,7 +117,8 @@ def write_errors() -> Iterator[None]:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def _write_failure(path: Path, error: BaseException) -> str:
+def write_failure(path: Path, error: BaseException) -> str:
+    """The message for a write that the system refused."""
     folder = next((p for p in path.parents if p.exists()), Path())
     free = shutil.disk_usage(folder).free / 2**30
     return (
