@@ -6,63 +6,11 @@ two epochs of stage 2, batch 128, lr 2e-5, weight decay 0.1, clipping 1.0. Its s
     bash scripts/finetune.sh cobra
 """
 
-from vlmamba.models.builder import ConnectorConfig, ImageConfig, LanguageConfig, ModelConfig, VisionConfig
-from vlmamba.training.config import (
-    BatchConfig,
-    DataConfig,
-    OptimConfig,
-    ScheduleConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from vlmamba.models.builder import ConnectorConfig, ImageConfig, ModelConfig
+from vlmamba.training import published
+from vlmamba.training.config import BatchConfig, DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 
-DINOSIGLIP = VisionConfig(
-    family="fused",
-    path=(
-        "dinov2=checkpoints/dinov2-with-registers-large",
-        "siglip=checkpoints/siglip-so400m-patch14-384",
-    ),
-    feature_layer=-2,  # second-to-last block of both
-    image_size=384,
-    preset="dinov2-with-registers-large+siglip-so400m-patch14-384",
-    hint="hf download facebook/dinov2-with-registers-large --local-dir checkpoints/dinov2-with-registers-large; "
-    "hf download google/siglip-so400m-patch14-384 --local-dir checkpoints/siglip-so400m-patch14-384",
-)
-MAMBA_ZEPHYR = LanguageConfig(
-    path="checkpoints/mamba-2.8b-zephyr",
-    tokenizer="checkpoints/gpt-neox-20b",
-    preset="2.8b",
-    hint="hf download xiuyul/mamba-2.8b-zephyr --local-dir checkpoints/mamba-2.8b-zephyr; its tokenizer: "
-    "hf download EleutherAI/gpt-neox-20b --include 'tokenizer*' 'special_tokens*' --local-dir checkpoints/gpt-neox-20b",
-)
-PRETRAIN_558K = SourceConfig(
-    annotations="playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
-    image_root="playground/data/LLaVA-Pretrain/images",
-    expected_rows=558_128,
-    hint="hf download liuhaotian/LLaVA-Pretrain --repo-type dataset --local-dir playground/data/LLaVA-Pretrain, "
-    "then unzip images.zip into its images/",
-)
-INSTRUCT = (
-    SourceConfig(
-        annotations="playground/data/llava_v1_5_mix665k.json",
-        image_root="playground/data",
-        expected_rows=665_298,
-        hint="see docs/data.md: LLaVA-1.5's mix and its five image folders",
-    ),
-    SourceConfig(
-        annotations="playground/data/lvis_instruct4v_220k.json",
-        image_root="playground/data",
-        expected_rows=220_000,
-        hint="hf download X2FD/LVIS-Instruct4V lvis_instruct4v_220k.json --repo-type dataset "
-        "--local-dir playground/data",
-    ),
-    SourceConfig(
-        annotations="playground/data/lrv_instruct_400k.json",
-        image_root="playground/data/vg",
-        expected_rows=400_000,
-        hint="github.com/FuxiaoLiu/LRV-Instruction: the annotations, in LLaVA's JSON (docs/data.md)",
-    ),
-)
+INSTRUCT = (published.LLAVA_MIX_665K, published.LVIS_INSTRUCT4V, published.LRV_INSTRUCT)
 
 
 def pretrain() -> TrainConfig:
@@ -71,7 +19,7 @@ def pretrain() -> TrainConfig:
         output="runs/cobra/pretrain",
         model=_model(chat="plain"),
         train=("multi_modal_projector",),
-        data=DataConfig(sources=(PRETRAIN_558K,), max_length=2048),
+        data=DataConfig(sources=(published.LLAVA_558K,), max_length=2048),
         batch=BatchConfig(global_batch_size=256, micro_batch_size=16),
         optim=OptimConfig(name="adamw", lr=1e-3, weight_decay=0.0),
         epochs=1,
@@ -99,10 +47,10 @@ def finetune() -> TrainConfig:
 
 def _model(chat: str) -> ModelConfig:
     return ModelConfig(
-        vision=DINOSIGLIP,
+        vision=published.DINOSIGLIP,
         # prismatic's "fused-gelu-mlp": a hidden width of four times the fused vision width, 4 * (1024 + 1152).
         connector=ConnectorConfig(name="mlp", options={"depth": 3, "hidden_dim": 8704}),
-        language=MAMBA_ZEPHYR,
+        language=published.MAMBA_ZEPHYR,
         chat=chat,
         image=ImageConfig(mode="resize"),  # "resize-naive"
     )

@@ -13,6 +13,7 @@ from vlmamba.config.base import (
     flatten,
     load_yaml,
 )
+from vlmamba.config.files import load_python_file
 from vlmamba.config.overrides import apply_overrides, parse_overrides
 from vlmamba.config.recipe import Recipe, list_recipes, load_recipe, recipe_functions
 
@@ -28,6 +29,7 @@ __all__ = [
     "field_infos",
     "flatten",
     "list_recipes",
+    "load_python_file",
     "load_recipe",
     "load_yaml",
     "parse_overrides",

@@ -6,16 +6,13 @@ name and `sys.path` stays as it is.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
 
 from vlmamba.config.base import Change, Config, diff_configs, load_yaml
+from vlmamba.config.files import load_python_file
 from vlmamba.config.overrides import apply_overrides, parse_overrides
 from vlmamba.config.values import from_text, is_config
 from vlmamba.errors import ConfigError, MissingFileError
@@ -103,7 +100,7 @@ def recipe_functions(path: str | Path) -> dict[str, Callable[..., Any]]:
     """The functions of a file that are recipes: public, defined there, and not annotated to return something
     else.
     """
-    module = _load(Path(path))
+    module = load_python_file(Path(path), "recipe")
     return {
         name: value
         for name, value in vars(module).items()
@@ -112,21 +109,6 @@ def recipe_functions(path: str | Path) -> dict[str, Callable[..., Any]]:
         and not name.startswith("_")
         and is_config(get_type_hints(value).get("return", Config))
     }
-
-
-def _load(path: Path) -> ModuleType:
-    resolved = path.resolve()
-    name = f"_vlmamba_recipe_{resolved.stem}_{hashlib.sha1(str(resolved).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, resolved)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} cannot be loaded as Python.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # type annotations of the file are resolved through it
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: {error.msg}.") from error
-    return module
 
 
 def _pick(functions: dict[str, Callable[..., Any]], name: str | None, path: Path) -> Callable[..., Any]:

@@ -8,10 +8,8 @@ Nothing here imports torch: tasks are read and answers scored without a model.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
 
-from vlmamba.config import list_recipes
+from vlmamba.config import list_recipes, load_python_file
 from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.evaluation.scorers import Score, exact_match
 from vlmamba.registry import close_matches
@@ -153,7 +151,7 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
     """
     name, _, function_name = spec.rpartition(":") if ":" in spec else (spec, "", "task")
     path = _resolve(name, Path(folder))
-    functions = _task_functions(_load(path))
+    functions = _task_functions(load_python_file(path, "task"))
     if function_name not in functions:
         raise ConfigError(
             f"{path} has no task {function_name!r}.{close_matches(function_name, list(functions))} It "
@@ -196,21 +194,6 @@ def _resolve(name: str, folder: Path) -> Path:
             "works too."
         )
     return folder / f"{name}.py"
-
-
-def _load(path: Path) -> ModuleType:
-    resolved = path.resolve()
-    name = f"_vlmamba_task_{resolved.stem}_{hashlib.sha256(str(resolved).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, resolved)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} cannot be loaded as Python.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and annotations of the file are resolved through it
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: {error.msg}.") from error
-    return module
 
 
 def _task_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
