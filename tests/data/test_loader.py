@@ -360,3 +360,29 @@ def test_missing_folders_are_found_without_opening_pictures(write: WriteRows, ro
         root / "gqa" / "images": "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
         root / "own": None,
     }
+
+
+def test_workers_outlive_a_signal_to_the_process_group():
+    import multiprocessing
+    import os
+    import signal
+    import time
+
+    from vlmamba.data.loader import _leave_signals_to_the_parent
+
+    def work():
+        _leave_signals_to_the_parent(0)
+        ready.set()
+        time.sleep(60)
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=work, daemon=True)
+    worker.start()
+    assert ready.wait(30)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, each)
+    time.sleep(0.3)
+    assert worker.is_alive()
+    worker.kill()
+    worker.join(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class Loader:
             persistent_workers=persistent_workers and num_workers > 0,
             timeout=timeout,
             collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator().manual_seed(settings.seed),
         )
 
@@ -268,6 +270,15 @@ class _MicroBatches(Dataset[Batch]):
             item["labels"] = torch.full_like(item["labels"], IGNORE)
             item["filler"] = True
         return item
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Let a worker outlive a signal to the whole process group, as schedulers send it.
+
+    The main process saves and then ends its workers. One that cannot be reached otherwise ends two minutes later.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
 
 
 def _as_is(batch: Any) -> Any:
