@@ -114,7 +114,13 @@ def test_llava_projector(tmp_path, depth, prefix):
     )
 
     done = convert(tmp_path / "mm_projector.bin", tmp_path / "out")
-    assert (done.layout, done.files, done.connector) == ("llava", ("connector.safetensors",), 2 * depth)
+    assert (done.layout, done.files, done.connector) == (
+        "llava",
+        ("connector.safetensors", "connector_config.json"),
+        2 * depth,
+    )
+    described = json.loads((tmp_path / "out" / "connector_config.json").read_text())
+    assert (described["name"], described["options"].get("depth")) == ("mlp", depth)
     same(load_state_dict_file(tmp_path / "out" / "connector.safetensors"), connector)
 
 
@@ -163,6 +169,7 @@ def test_prismatic_run(tmp_path, depth):
     assert done.layout == "prismatic"
     assert done.files == (
         "connector.safetensors",
+        "connector_config.json",
         "language_model/config.json",
         "language_model/model.safetensors",
     )
@@ -183,7 +190,7 @@ def test_prismatic_run(tmp_path, depth):
 def test_prismatic_stage_one_holds_the_projector_only(tmp_path):
     torch.save(prismatic_content(3, language=False), tmp_path / "any-name.pt")
     done = convert(tmp_path / "any-name.pt", tmp_path / "out")
-    assert (done.files, done.language) == (("connector.safetensors",), 0)
+    assert (done.files, done.language) == (("connector.safetensors", "connector_config.json"), 0)
 
 
 def test_prismatic_bad_content(tmp_path):

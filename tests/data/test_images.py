@@ -170,15 +170,15 @@ def test_bombs_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> N
 def test_modes_become_rgb() -> None:
     assert open_image(encoded(Image.new("CMYK", (4, 4), (255, 0, 0, 0)), "JPEG")).getpixel((1, 1))[0] < 20  # type: ignore[index]
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert open_image(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
-    half = Image.new("LA", (4, 4), (0, 128))
-    assert open_image(encoded(half, "PNG")).getpixel((0, 0)) == (127, 127, 127)
+    assert open_image(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 0, 0)
+    half = Image.new("LA", (4, 4), (30, 128))
+    assert open_image(encoded(half, "PNG")).getpixel((0, 0)) == (30, 30, 30)
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([9, 8, 7, 200, 0, 0])
     palette.putpixel((1, 1), 1)
     assert open_image(encoded(palette, "PNG")).getpixel((0, 0)) == (9, 8, 7)
     picture = open_image(encoded(palette, "PNG", transparency=0))
-    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((0, 0)) == (9, 8, 7)
     assert picture.getpixel((1, 1)) == (200, 0, 0)
     assert open_image(encoded(Image.new("1", (4, 4), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
 

@@ -45,6 +45,7 @@ from vlmamba.registry import close_matches
 
 TARGETS = ("transformers", "state-spaces", "llava", "prismatic")
 CONNECTOR_FILE = "connector.safetensors"
+CONNECTOR_CONFIG_FILE = "connector_config.json"
 LANGUAGE_DIRECTORY = "language_model"
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 CARRIED = (
@@ -271,10 +272,20 @@ def _write(parts: Parts, directory: Path, to: str, where: str) -> None:
         return
     if parts.connector and parts.layout != "vlmamba":
         save_state_dict(parts.connector, directory / CONNECTOR_FILE)
+        save_json(_describe_mlp(parts.connector), directory / CONNECTOR_CONFIG_FILE)
         if parts.language:
             _write_language(parts, directory / LANGUAGE_DIRECTORY, to, where)
         return
     _write_language(parts, directory, to, where)
+
+
+def _describe_mlp(connector: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Config of the MLP connector that LLaVA's and Cobra's projectors are, read off its shapes."""
+    depth = sum(name.endswith(".weight") for name in connector)
+    hidden, vision_dim = connector["linear_1.weight"].shape
+    text_dim = connector[f"linear_{depth}.weight"].shape[0]
+    options = {"depth": depth} | ({"hidden_dim": hidden} if depth > 1 and hidden != text_dim else {})
+    return {"name": "mlp", "options": options, "vision_dim": vision_dim, "text_dim": text_dim}
 
 
 def _write_language(parts: Parts, directory: Path, to: str, where: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from vlmamba.errors import ImageError, VLMambaError
+from vlmamba.errors import VLMambaError
 
 HELP = """\
 Type a question. A path to a picture anywhere in the line (drag the file in) shows it to the model.
@@ -167,21 +167,14 @@ class Session:
 
 
 def open_picture(path: str | Path) -> Any:
-    """Open a picture that a user named.
+    """Open a picture that a user named, as training opens its own.
 
     Raises:
         ImageError: There is none, or it cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from vlmamba.data.images import open_image
 
-    try:
-        with Image.open(Path(path).expanduser()) as picture:
-            picture.load()
-            return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise ImageError(f"there is no file {path} (looked from {Path.cwd()})") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+    return open_image(Path(path).expanduser())
 
 
 def split_paths(line: str) -> tuple[str, list[str]]:

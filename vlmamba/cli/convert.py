@@ -23,5 +23,8 @@ def run(words: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(words)
     result = convert(arguments.source, arguments.target, to=arguments.to)
-    print(result)
+    print(f"{result.layout} -> {arguments.to}: {', '.join(result.files)} in {result.target}")
+    for what, count in (("connector", result.connector), ("language model", result.language)):
+        if count:
+            print(f"  {what}: {count:,} weights")
     return 0

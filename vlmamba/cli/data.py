@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def run(words: Sequence[str]) -> int:
@@ -20,11 +21,17 @@ def run(words: Sequence[str]) -> int:
         "--images", help="folder the image paths start from (default: that of the file)"
     )
     check_parser.add_argument("--limit", type=int, help="only the first so many rows")
-    check_parser.add_argument("--no-decode", action="store_true", help="look for the pictures, do not read them")
+    check_parser.add_argument(
+        "--no-decode", action="store_true", help="look for the pictures, do not read them"
+    )
     arguments = parser.parse_args(words)
     from vlmamba.data import build_source, check
 
-    source = build_source("llava", annotations=arguments.annotations, image_root=arguments.images)
+    source = build_source(
+        "llava",
+        annotations=arguments.annotations,
+        image_root=arguments.images or Path(arguments.annotations).parent,
+    )
     report = check([source], decode=not arguments.no_decode, limit=arguments.limit, progress=True)
     print(report.text())
     return 0 if report.ok else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from vlmamba.config import describe, dump_yaml, load_recipe
+from vlmamba.config import describe, dump_yaml, list_recipes, load_recipe
 from vlmamba.training.config import TrainConfig
 
 
@@ -18,7 +18,9 @@ def run(words: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "recipe", help="train/NAME.py:FUNCTION, NAME:FUNCTION, or the config.yaml of a run, to repeat it"
+        "recipe",
+        nargs="?",
+        help="train/NAME.py:FUNCTION, NAME:FUNCTION, or the config.yaml of a run, to repeat it",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in its output folder")
     parser.add_argument(
@@ -30,6 +32,8 @@ def run(words: Sequence[str]) -> int:
     if arguments.help_config:
         print(describe(TrainConfig))
         return 0
+    if arguments.recipe is None:
+        parser.error(f"name a recipe; in train/ there are: {', '.join(list_recipes()) or 'none'}")
     recipe = load_recipe(arguments.recipe, overrides)
     if arguments.print_config:
         print(dump_yaml(recipe.config), end="")

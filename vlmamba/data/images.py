@@ -128,7 +128,7 @@ def open_image(
     """Decode a picture completely and convert it to RGB.
 
     The first frame of an animation; CMYK, palette, grey and 16-bit pictures are converted (16 bits scaled,
-    not clipped); what is transparent becomes white; a side of one pixel is doubled.
+    not clipped); transparency is dropped; a side of one pixel is doubled.
 
     Args:
         ref: File, bytes, or an open picture.
@@ -215,15 +215,16 @@ def _prepare(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; transparent parts become white, 16-bit values are scaled to 8 bits."""
-    if image.mode == "RGB" and "transparency" not in image.info:
+    """Any mode to RGB; 16-bit values are scaled to 8 bits.
+
+    Transparency is dropped, not blended, as LLaVA and the encoders' own pipelines do (PIL's `convert`).
+    """
+    if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_bytes(np.asarray(image), image.mode)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        background = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(background, layered).convert("RGB")
+    if image.mode == "PA" or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 

@@ -256,7 +256,9 @@ def _vision_path(config: VisionConfig) -> Any:
 
 
 def _meta_vision_config(config: VisionConfig) -> dict[str, Any]:
-    if config.preset is not None:
+    towers = [config.path] if isinstance(config.path, str) else list(config.path)
+    there = all(Path(tower.rpartition("=")[2]).is_dir() for tower in towers)
+    if config.preset is not None and not there:
         return preset_config(
             config.preset,
             feature_layer=config.feature_layer,

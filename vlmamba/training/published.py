@@ -98,14 +98,14 @@ LLAVA_MIX_665K = SourceConfig(
 LVIS_INSTRUCT4V = SourceConfig(
     annotations="playground/data/lvis_instruct4v_220k.json",
     image_root="playground/data",
-    expected_rows=220_000,
+    expected_rows=222_700,  # about: Cobra counts 1,231 K with the other two
     hint="hf download X2FD/LVIS-Instruct4V lvis_instruct4v_220k.json --repo-type dataset "
     "--local-dir playground/data",
 )
 
 LRV_INSTRUCT = SourceConfig(
     annotations="playground/data/lrv_instruct_400k.json",
-    image_root="playground/data/vg",
-    expected_rows=400_000,
+    image_root="playground/data/lrv",
+    expected_rows=342_799,  # as prismatic-vlms' script for it counts
     hint="github.com/FuxiaoLiu/LRV-Instruction: the annotations, in LLaVA's JSON (docs/data.md)",
 )
