@@ -27,11 +27,8 @@ def run(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     from vlmamba.data import build_source, check
 
-    source = build_source(
-        "llava",
-        annotations=arguments.annotations,
-        image_root=arguments.images or Path(arguments.annotations).parent,
-    )
+    root = arguments.images or Path(arguments.annotations).parent
+    source = build_source("llava", annotations=arguments.annotations, image_root=root)
     report = check([source], decode=not arguments.no_decode, limit=arguments.limit, progress=True)
     print(report.text())
     return 0 if report.ok else 1
