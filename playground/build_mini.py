@@ -92,6 +92,9 @@ def build_language(
     """Train the language model and save it, with its tokenizer, as a plain transformers directory."""
     model = train_language(tokenizer, recipe, work)
     model.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = ["MambaForCausalLM"]  # the layout is transformers' own
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(out)
 
 

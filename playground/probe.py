@@ -6,7 +6,8 @@ Fits two small readers on features of training scenes (drawn afresh from the tra
 them on the held-out pictures of the data set, as they lie on disk: a linear one on the mean of a cell's
 patches, and an MLP on all patches of a cell.  Each names the digit (or "none") and the colour in every
 cell; the count follows from the cells that are not empty.  Reported per feature layer (-1 is the last, -2
-what LLaVA-style recipes use).
+what LLaVA-style recipes use).  The language model is asked about scenes that it reads about, and that it
+does not.
 
 Shapes: B pictures, V patches (64), D encoder width.
 """
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mini_encoder import GRID, NUM_VALUES, normalise, to_pixels
+from phrases import caption, dialogue
 from PIL import Image
 from scenes import COLOURS, Scene, digit_pools, render, sample_scene
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ def features(encoder: SiglipVisionModel, pixels: Tensor, layers: list[int]) -> d
     return {layer: torch.cat(chunks) for layer, chunks in parts.items()}
 
 
-def fit(inputs: Tensor, labels: Tensor, hidden: int, steps: int = 1500) -> nn.Module:
+def fit(inputs: Tensor, labels: Tensor, hidden: int, steps: int = 800) -> nn.Module:
     """A reader from (n, D) to classes: linear for ``hidden`` 0, else an MLP."""
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(inputs.shape[1], affine=False)
@@ -87,6 +89,29 @@ def score(readers: tuple[nn.Module, nn.Module], inputs: Tensor, labels: Labels) 
     }
 
 
+@torch.no_grad()
+def reading(path: Path, count: int = 300) -> dict[str, float]:
+    """Share of right answers of the language model, with a written description and without anything."""
+    from mini_language import END
+    from transformers import AutoTokenizer
+
+    from vlmamba.models.language import MambaLM
+
+    model, tokenizer = MambaLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    rng = np.random.default_rng(2)
+    pool, _ = digit_pools()
+    right = {"reading": 0, "blind": 0}
+    for _ in range(count):
+        scene = sample_scene(rng, pool)
+        question = dialogue(scene, rng, 1)[0]
+        for name, described in (("reading", caption(scene, rng) + "\n"), ("blind", "")):
+            prompt = tokenizer(f"USER: {described}{question.text} ASSISTANT:").input_ids
+            answer = tokenizer(f" {question.answer}{END}").input_ids
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            right[name] += logits.argmax(-1).tolist() == answer
+    return {name: hits / count for name, hits in right.items()}
+
+
 def main() -> None:
     """Command line."""
     here = Path(__file__).parent
@@ -95,9 +120,15 @@ def main() -> None:
     )
     parser.add_argument("--encoder", type=Path, default=here / "mini" / "siglip")
     parser.add_argument("--data", type=Path, default=here / "data" / "mini")
-    parser.add_argument("--train-scenes", type=int, default=4000)
+    parser.add_argument("--train-scenes", type=int, default=3000)
     parser.add_argument("--layers", type=int, nargs="+", default=[-1, -2, -3])
+    parser.add_argument("--language", type=Path, default=here / "mini" / "mamba")
     arguments = parser.parse_args()
+    print(
+        "language model",
+        *(f"{key} {value:.3f}" for key, value in reading(arguments.language).items()),
+        flush=True,
+    )
     encoder = SiglipVisionModel.from_pretrained(arguments.encoder).eval()
     rng = np.random.default_rng(1)
     pool, _ = digit_pools()
