@@ -10,6 +10,7 @@ import torch
 from vlmamba.errors import BackendError, ShapeError
 from vlmamba.registry import Registry
 from vlmamba.ssm import ScanSpec, explain, registry, selective_scan, selective_state_update, use_backend
+from vlmamba.ssm.backends import cpu_build
 from vlmamba.ssm.registry import choose_backend, explanations
 from vlmamba.ssm.spec import Backend
 
@@ -72,7 +73,7 @@ def test_environment_is_named_in_the_error(scan_inputs, monkeypatch):
 
 
 def test_unknown_backend_lists_close_matches(inputs):
-    text = r"unknown state-space backend 'torhc'\. Did you mean 'torch'\? Known: reference, torch"
+    text = r"unknown state-space backend 'torhc'\. Did you mean 'torch'\? Known: cpu, reference, torch"
     with pytest.raises(BackendError, match=text):
         selective_scan(**inputs, backend="torhc")
     with pytest.raises(BackendError, match=text), use_backend("torhc"):
@@ -100,10 +101,12 @@ def test_a_new_backend_is_one_entry(called):
     )
 
 
-def test_explain_is_a_table():
+def test_explain_is_a_table(monkeypatch):
+    monkeypatch.setattr(cpu_build, "_loaded", ["no compiler"])
     lines = explain(ScanSpec(dtype=torch.float64, features=frozenset({"z", "D"}))).splitlines()
     assert lines == [
         "scan cpu float64 B=1 L=1 D=1 N=16 G=1 D+z",
+        "    cpu        no compiler",
         "    torch      it computes in float32; float64 is served by 'reference'",
         "  * reference  can serve",
     ]
@@ -112,6 +115,7 @@ def test_explain_is_a_table():
 
 def test_choice_is_logged_once(inputs, caplog, monkeypatch):
     monkeypatch.setattr(registry, "_logged", set())
+    monkeypatch.setattr(cpu_build, "_loaded", ["no compiler"])
     with caplog.at_level(logging.INFO, logger="vlmamba.ssm.registry"):
         for _ in range(3):
             selective_scan(**inputs)

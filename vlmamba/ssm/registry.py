@@ -26,6 +26,7 @@ ENVIRONMENT_VARIABLE = "VLMAMBA_SSM_BACKEND"
 BACKENDS: Registry[Backend] = Registry("state-space backend")
 BACKENDS.add("reference", "vlmamba.ssm.backends.reference:BACKEND")
 BACKENDS.add("torch", "vlmamba.ssm.backends.torch_chunked:BACKEND")
+BACKENDS.add("cpu", "vlmamba.ssm.backends.cpu:BACKEND")
 
 _forced: list[str | None] = []
 _logged: set[tuple[object, ...]] = set()

@@ -1,0 +1,201 @@
+"""Compiles the native CPU kernel on first use, keeps it in a cache folder and loads it.
+
+The cache folder is $VLMAMBA_CACHE, by default ~/.cache/vlmamba. A library there is named after everything it
+depends on (source, flags, compiler, processor), ends with a digest of itself, and is put in place by one
+rename; so several processes may build at once and a damaged file is noticed and built again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "VLMAMBA_CACHE"
+COMPILERS = ("c++", "g++", "clang++")
+TIMEOUT = 60.0
+"""Seconds a compiler may take."""
+
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-w")
+_EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+"""Tried in this order, until the compiler accepts one."""
+_DIGEST = hashlib.sha256().digest_size
+
+Library = ctypes.CDLL
+_lock = threading.Lock()
+_loaded: list[Library | str] = []
+
+
+class _BuildError(Exception):
+    """Why there is no library, in words for the user."""
+
+
+def load(check: Callable[[Library], str | None]) -> Library | str:
+    """The compiled kernel, or the reason why there is none. Built and checked once in a process.
+
+    Args:
+        check: Prepares a library just loaded and tests it: None, or what is wrong with it.
+    """
+    with _lock:
+        if not _loaded:
+            try:
+                _loaded.append(_build_and_load(check))
+            except _BuildError as error:
+                logger.warning("no native CPU kernel, backend 'torch' serves instead: %s", error)
+                _loaded.append(str(error))
+        return _loaded[0]
+
+
+def forget() -> None:
+    """Let the next `load` start afresh."""
+    with _lock:
+        _loaded.clear()
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "vlmamba").expanduser()
+
+
+def find_compiler() -> list[str]:
+    """The command of the system's C++ compiler: $CXX, else the first found of `COMPILERS`.
+
+    Raises:
+        _BuildError: There is none.
+    """
+    wanted = os.environ.get("CXX", "").strip()
+    for command in [wanted] if wanted else COMPILERS:
+        words = shlex.split(command)
+        path = shutil.which(words[0]) if words else None
+        if path is not None:
+            return [path, *words[1:]]
+    tried = f"CXX={wanted}" if wanted else ", ".join(COMPILERS)
+    raise _BuildError(f"no C++ compiler found (tried {tried}); install one, or set CXX")
+
+
+def _build_and_load(check: Callable[[Library], str | None]) -> Library:
+    compiler = find_compiler()
+    sources = _sources()
+    name = f"scan-{_key(compiler, sources)}.so"
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / name
+        library = _open(path) if path.is_file() else None
+        if library is None:
+            _place(_compile(compiler, sources), path)
+            library = _open(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        logger.warning("cannot keep the native CPU kernel (%s); it is compiled for this process alone", error)
+        library = None
+    if library is None:
+        library = _open_privately(_compile(compiler, sources), name)
+    wrong = check(library)
+    if wrong is not None:
+        raise _BuildError(f"the compiled kernel fails its self-check: {wrong}")
+    return library
+
+
+def _sources() -> dict[str, bytes]:
+    folder = resources.files("vlmamba.ssm") / "native"
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {file.name: file.read_bytes() for file in files if file.name.endswith((".h", ".cpp"))}
+
+
+def _key(compiler: list[str], sources: dict[str, bytes]) -> str:
+    """Names everything a compiled library depends on."""
+    stat = Path(compiler[0]).resolve().stat()
+    digest = hashlib.sha256()
+    for part in (
+        repr((sources, _FLAGS, _EXTRAS, compiler, stat.st_size, stat.st_mtime_ns)),
+        repr((platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability())),
+        _processor(),
+    ):
+        digest.update(part.encode())
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> str:
+    """The processor's model and instruction sets, since code is compiled for exactly this one."""
+    wanted = ("model name", "flags", "Features", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines if line.startswith(wanted))
+
+
+def _compile(compiler: list[str], sources: dict[str, bytes]) -> bytes:
+    """The library, with its digest at the end."""
+    with tempfile.TemporaryDirectory(prefix="vlmamba-") as folder:
+        for name, text in sources.items():
+            (Path(folder) / name).write_bytes(text)
+        out = Path(folder) / "scan.so"
+        trouble = ""
+        for extras in _EXTRAS:
+            command = [*compiler, *_FLAGS, *extras, str(Path(folder) / "scan.cpp"), "-o", str(out)]
+            try:
+                done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
+            except subprocess.TimeoutExpired:
+                raise _BuildError(f"{compiler[0]} took longer than {TIMEOUT:.0f} s") from None
+            except OSError as error:
+                raise _BuildError(f"{compiler[0]} does not run: {error}") from None
+            if done.returncode == 0 and out.is_file():
+                content = out.read_bytes()
+                return content + hashlib.sha256(content).digest()
+            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+            trouble = trouble or f"{compiler[0]} failed with status {done.returncode}: " + " | ".join(
+                said[-3:]
+            )
+    raise _BuildError(trouble)
+
+
+def _place(content: bytes, path: Path) -> None:
+    """Write a file so that others see all of it or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o700)
+        Path(temporary).replace(path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _open(path: Path) -> Library | None:
+    """The library at `path`, or None when it is damaged or does not load."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
+        logger.warning("%s is damaged; it is compiled again", path)
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("%s does not load (%s); it is compiled again", path, error)
+        return None
+
+
+def _open_privately(content: bytes, name: str) -> Library:
+    """Load a library from a folder of its own that does not outlive this call."""
+    with tempfile.TemporaryDirectory(prefix="vlmamba-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise _BuildError(f"the compiled kernel does not load: {error}") from None
