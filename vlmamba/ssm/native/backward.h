@@ -23,25 +23,34 @@ struct BlockWork {
   }
 };
 
-// Scratch of a tile: states before and after each token, decays, sums of dB and dC over blocks.
+// What a tile keeps of each token and state: the state before it and the decay, and the sums of dB and dC
+// over blocks. In pairs: as arrays of their own they would lie multiples of 4096 bytes apart, where loads
+// wait for unrelated stores.
+struct Step {
+  V before, decay;
+};
+struct Sums {
+  V dB, dC;
+};
 struct TileWork {
-  V *state, *decay, *dB, *dC;
+  Step *steps;
+  Sums *sums;
 };
 
 template <int TILE>
 void backward_tile(const Chunk &chunk, int64_t size, int64_t n, const BlockWork &w, const V *saved, Side B,
                    Side C, TileWork tile) {
   V h[TILE], A[TILE], dh[TILE], dA[TILE];
-  for (int i = 0; i < TILE; ++i) A[i] = w.A[n + i], tile.state[i] = h[i] = saved[n + i];
+  for (int i = 0; i < TILE; ++i) A[i] = w.A[n + i], h[i] = saved[n + i];
   for (int t = 0; t < chunk.steps; ++t, B.p += B.step) {
+    for (int i = 0; i < TILE; ++i) tile.steps[t * TILE + i].before = h[i];
     if (chunk.flags[t] & RESET)
       for (int i = 0; i < TILE; ++i) h[i] = V{};
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) {
       const V decay = exp2v(w.delta[t] * A[i]);
+      tile.steps[t * TILE + i].decay = decay;
       h[i] = decay * h[i] + w.input[t] * B.p[n + i];
-      tile.decay[t * TILE + i] = decay;
-      tile.state[(t + 1) * TILE + i] = h[i];
     }
   }
   for (int i = 0; i < TILE; ++i) dh[i] = w.carry[n + i], dA[i] = w.dA[n + i];
@@ -55,16 +64,17 @@ void backward_tile(const Chunk &chunk, int64_t size, int64_t n, const BlockWork 
     V d_input = w.d_input[t], d_delta = w.d_delta[t], y = w.y[t];
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) {
-      const V before = tile.state[t * TILE + i];
+      const Step &step = tile.steps[t * TILE + i];
+      Sums &sums = tile.sums[t * TILE + i];
       const float b = B.p[n + i], c = C.p[n + i];
       dh[i] += inner * c;
-      tile.dC[t * TILE + i] += inner * h[i];
-      tile.dB[t * TILE + i] += dh[i] * input;
+      sums.dC += inner * h[i];
+      sums.dB += dh[i] * input;
       d_input += dh[i] * b;
       y += h[i] * c;
-      dh[i] *= tile.decay[t * TILE + i];
-      h[i] = before;
-      const V exponent = dh[i] * (reset ? V{} : before);
+      dh[i] *= step.decay;
+      h[i] = step.before;
+      const V exponent = dh[i] * (reset ? V{} : h[i]);
       d_delta += exponent * A[i];
       dA[i] += exponent * delta;
     }
@@ -102,7 +112,8 @@ static inline void close_block(const Arguments &a, const Unit &unit, const Chunk
                  const BlockWork &w) {
   const V skip = a.D ? load(a.D + d, lanes) : V{};
   for (int t = chunk.steps - 1; t >= 0; --t) {
-    const int64_t token = chunk.token + t * unit.direction, out = (unit.row * a.length + token) * a.channels + d;
+    const int64_t token = chunk.token + t * unit.direction;
+    const int64_t out = (unit.row * a.length + token) * a.channels + d;
     const V u = load(a.u + unit.row * a.u_row + token * a.u_step + d, lanes);
     const V d_raw = (w.d_delta[t] * LN2 + w.d_input[t] * u) * w.slope[t];
     store(a.ddt + out, d_raw, lanes);
@@ -137,7 +148,7 @@ void backward_tiles(const Arguments &a, const Plan &plan, const Unit &unit, cons
                     int64_t n, const BlockWork *blocks, TileWork tile, const Partials &sums) {
   const Side B = side(a.B, a.B_row, a.B_step, a.B_group, unit, chunk);
   const Side C = side(a.C, a.C_row, a.C_step, a.C_group, unit, chunk);
-  for (int i = 0; i < chunk.steps * TILE; ++i) tile.dB[i] = tile.dC[i] = V{};
+  for (int i = 0; i < chunk.steps * TILE; ++i) tile.sums[i] = Sums{};
   for (int64_t k = 0; k < unit.count; ++k) {
     const float *saved = a.saved + (unit.block_index(a, plan, k) * plan.chunks + c) * a.size * LANES;
     backward_tile<TILE>(chunk, a.size, n, blocks[k], (const V *)saved, B, C, tile);
@@ -146,17 +157,18 @@ void backward_tiles(const Arguments &a, const Plan &plan, const Unit &unit, cons
     for (int i = 0; i < TILE; ++i) {
       const int64_t token = chunk.token + t * unit.direction;
       const int64_t place = unit.number * plan.matrix + token * a.size + n + i;
-      sums.dB[place] = lane_sum(tile.dB[t * TILE + i]);
-      sums.dC[place] = lane_sum(tile.dC[t * TILE + i]);
+      sums.dB[place] = lane_sum(tile.sums[t * TILE + i].dB);
+      sums.dC[place] = lane_sum(tile.sums[t * TILE + i].dC);
     }
 }
 
-static inline void backward_unit(const Arguments &a, const Plan &plan, const Unit &unit, V *work, const Partials &sums) {
+static inline void backward_unit(const Arguments &a, const Plan &plan, const Unit &unit, V *work,
+                                 const Partials &sums) {
   const int64_t N = a.size;
   TileWork tile;
-  tile.decay = work, tile.dB = tile.decay + STEPS * BACKWARD_TILE, tile.dC = tile.dB + STEPS * BACKWARD_TILE;
-  tile.state = tile.dC + STEPS * BACKWARD_TILE;
-  V *next = tile.state + (STEPS + 1) * BACKWARD_TILE;
+  tile.steps = (Step *)work;
+  tile.sums = (Sums *)(tile.steps + STEPS * BACKWARD_TILE);
+  V *next = (V *)(tile.sums + STEPS * BACKWARD_TILE);
   BlockWork *blocks = (BlockWork *)__builtin_alloca(plan.set * sizeof(BlockWork));
   for (int64_t k = 0; k < unit.count; ++k) {
     const BlockWork &w = *new (blocks + k) BlockWork(next, N, plan.asked_numbers(a));
@@ -198,7 +210,8 @@ static inline void backward_unit(const Arguments &a, const Plan &plan, const Uni
 }
 
 // dB or dC of one row and group: the partial sums of its units, in their order.
-static inline void add_matrix(const Arguments &a, const Plan &plan, int64_t pair, const float *partial, float *to) {
+static inline void add_matrix(const Arguments &a, const Plan &plan, int64_t pair, const float *partial,
+                              float *to) {
   const int64_t row = pair / a.groups, group = pair % a.groups;
   for (int64_t t = 0; t < a.length; ++t) {
     float *out = to + ((row * a.length + t) * a.groups + group) * a.size;
@@ -212,7 +225,8 @@ static inline void add_matrix(const Arguments &a, const Plan &plan, int64_t pair
 }
 
 // dA, dD and dbias of one block: the sums of all rows, in their order.
-static inline void add_rows(const Arguments &a, const Plan &plan, int64_t group, int64_t block, const Partials &sums) {
+static inline void add_rows(const Arguments &a, const Plan &plan, int64_t group, int64_t block,
+                            const Partials &sums) {
   const int64_t d = group * plan.per_group + block * LANES, left = plan.per_group - block * LANES;
   const int lanes = left < LANES ? (int)left : LANES;
   V dD{}, dbias{};

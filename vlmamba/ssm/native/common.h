@@ -33,7 +33,7 @@ struct Plan {
     per_group = a.channels / a.groups;
     blocks = (per_group + LANES - 1) / LANES;
     set = (a.batch * a.groups * blocks + 15) / 16;
-    set = set < 1 ? 1 : set > 8 ? 8 : set;
+    set = set < 1 ? 1 : set > 16 ? 16 : set;
     sets = (blocks + set - 1) / set;
     chunks = (a.length + STEPS - 1) / STEPS;
     units = a.batch * a.groups * sets;
@@ -47,7 +47,7 @@ struct Plan {
     return 3 * STEPS + 2 * set * a.size + asked_numbers(a);
   }
   int64_t backward_scratch(const Arguments &a) const {
-    const int64_t tile = 4 * STEPS * BACKWARD_TILE + BACKWARD_TILE;
+    const int64_t tile = 4 * STEPS * BACKWARD_TILE;
     return tile + set * (8 * STEPS + 3 * a.size + 2 + asked_numbers(a));
   }
 };
@@ -125,7 +125,8 @@ struct Side {  // B or C from the first token of a chunk on
   int64_t step;
 };
 
-static inline Side side(const float *matrix, int64_t row, int64_t step, int64_t group, const Unit &unit, const Chunk &chunk) {
+static inline Side side(const float *matrix, int64_t row, int64_t step, int64_t group, const Unit &unit,
+                        const Chunk &chunk) {
   return {matrix + unit.row * row + unit.group * group + chunk.token * step, step * unit.direction};
 }
 

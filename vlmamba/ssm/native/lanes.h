@@ -13,9 +13,13 @@
 #define VLM_X86 1
 #endif
 
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define VLM_AVX512 1
+#endif
+
 namespace vlm {
 
-#if defined(__AVX512F__)
+#if VLM_AVX512
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
@@ -33,7 +37,7 @@ static inline V splat(float x) { return V{} + x; }
 
 // The first `count` numbers at p; the other lanes are zero.
 static inline V load(const float *p, int count) {
-#if defined(__AVX512F__)
+#if VLM_AVX512
   return (V)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1u), p);
 #else
   V v{};
@@ -47,7 +51,7 @@ static inline V load(const float *p, int count) {
 }
 
 static inline void store(float *p, V v, int count) {
-#if defined(__AVX512F__)
+#if VLM_AVX512
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1u), (__m512)v);
 #else
   if (count == LANES) {
@@ -60,34 +64,34 @@ static inline void store(float *p, V v, int count) {
 
 // Sum over the lanes, always in the same order.
 static inline float lane_sum(V v) {
+#if VLM_AVX512
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float x[LANES];
   std::memcpy(x, &v, sizeof v);
   for (int width = LANES / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
+#endif
 }
 
 // 2^x, to 1e-7 of its value; zero below 2^-127, NaN stays NaN. 2^r = 1 + r q(r) on [-1/2, 1/2] with q fitted
-// for the smallest relative error (2e-9), so that 2^0 is exactly 1.
+// for the smallest relative error (9e-8), so that 2^0 is exactly 1.
 static inline V exp2v(V x) {
-#if defined(__AVX512F__)
-  x = (V)_mm512_max_ps(_mm512_set1_ps(-127.0f), (__m512)x);
-  x = (V)_mm512_min_ps(_mm512_set1_ps(129.0f), (__m512)x);
-  const V k = (V)_mm512_roundscale_ps((__m512)x, 0x08);
+#if VLM_AVX512
+  const V r = (V)_mm512_reduce_ps((__m512)x, 0x08), k = x - r;
 #else
   const V low = splat(-127.0f), high = splat(128.0f), magic = splat(12582912.0f);
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const V k = (x + magic) - magic;
+  const V k = (x + magic) - magic, r = x - k;
 #endif
-  const V r = x - k;
-  V p = r * 0.000153535994f + 0.00133988521f;
-  p = p * r + 0.00961843638f;
-  p = p * r + 0.0555033255f;
-  p = p * r + 0.240226479f;
-  p = p * r + 0.693147203f;
+  V p = r * 0.00132651199f + 0.00967149986f;
+  p = p * r + 0.055507323f;
+  p = p * r + 0.240222424f;
+  p = p * r + 0.693146979f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
+#if VLM_AVX512
   return (V)_mm512_scalef_ps((__m512)p, (__m512)k);
 #else
   return p * (V)((__builtin_convertvector(k, IV) + 127) << 23);
