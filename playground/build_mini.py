@@ -127,7 +127,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--encoder-steps", type=int, default=EncoderTraining.steps)
-    parser.add_argument("--language-steps", type=int, default=LanguageTraining.steps)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
@@ -140,7 +139,7 @@ def main() -> None:
         recipe = EncoderTraining(seed=arguments.seed, steps=arguments.encoder_steps)
         build_encoder(out / "siglip", arguments.work, tokenizer, recipe)
     if "mamba" in arguments.parts and not (out / "mamba").exists():
-        language = LanguageTraining(seed=arguments.seed, steps=arguments.language_steps)
+        language = LanguageTraining(seed=arguments.seed)
         build_language(out / "mamba", arguments.work, tokenizer, language)
     write_manifest(out)
 

@@ -55,7 +55,7 @@ HELDOUT_SHARES = {
     "count": 0.125,
     "compare": 0.075,
 }
-TEXT_ONLY, TWO_IMAGES, IMAGE_LAST, SUFFIX, WITH_CAPTION = 0.06, 0.14, 0.10, 0.30, 0.10
+TEXT_ONLY, TWO_IMAGES, IMAGE_LAST, SUFFIX, WITH_CAPTION = 0.06, 0.14, 0.10, 0.30, 0.50
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,13 @@ def conversation_rows(options: Options, root: Path, used: set[int], asked: list[
         questions = pair_dialogue(*scenes, rng, int(rng.integers(2, 5))) if two else []
         if not questions:
             scenes, two = scenes[:1], False
-            questions = dialogue(scenes[0], rng, int(rng.integers(3, 6)))
+            questions = dialogue(scenes[0], rng, int(rng.integers(5, 10)))
         asked.extend(questions)
         used |= samples_of(scenes)
         pairs = [(q.text, q.answer) for q in questions]
         if not two and rng.random() < WITH_CAPTION:
-            pairs.insert(0, (DESCRIBE[int(rng.integers(len(DESCRIBE)))], caption(scenes[0], rng)))
+            # Last, so that no question can be answered by reading the description.
+            pairs.append((DESCRIBE[int(rng.integers(len(DESCRIBE)))], caption(scenes[0], rng)))
         names = [_shard(index, "ab"[i] if two else "") for i in range(len(scenes))]
         for scene, name in zip(scenes, names, strict=True):
             _save(render(scene), root / "finetune/images" / name)

@@ -1,15 +1,19 @@
 """Training of the playground's mini Mamba language model, on text alone (called by ``build_mini.py``).
 
-It learns the playground's language: captions, dialogues in several chat formats, small sums.  Dialogues
-come with a written description in front of them (reading) or with nothing (then answers can only follow the
-priors).  No picture is drawn and none is seen: scenes serve as facts to talk about.
+It learns the playground's language: captions, dialogues in several chat formats, small sums.  Dialogues and
+captions come with a description in front of them (reading) or with nothing (then answers can only follow the
+priors).  A description is another caption, or loose notes: the words of one fact ("red", "7", "top", "left")
+together in one position, as the sum of their embeddings, some of them several times, with empty positions
+between.  Reading notes teaches to take several words from one position, which no plain text does.  No picture
+is drawn and none is seen: scenes serve as facts to talk about.
 
-Shapes: B rows, L tokens a row (packed from several texts, told apart by ``seq_idx``).
+Shapes: B rows, L positions a row (packed from several texts, told apart by ``seq_idx``), W words a position.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mini_encoder import learning_rate
 from numpy.random import Generator
 from phrases import DESCRIBE, SHORT_ANSWER, caption, dialogue, pair_dialogue, small_talk
-from scenes import digit_pools, sample_scene
+from scenes import Scene, digit_pools, sample_scene
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import MambaConfig, PreTrainedTokenizerFast
@@ -36,21 +39,37 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 Pieces = list[tuple[str, bool]]  # text, and whether it is an answer
+WORDS = 4  # most words of one position
+EMPTY = -1
 
 
 @dataclass(frozen=True)
 class LanguageTraining:
     """How the language model is trained; every row is fresh."""
 
-    steps: int = 3000
+    # Steps, and share of texts that begin with notes, of each phase; the learning rate starts over in each.
+    phases: tuple[tuple[int, float], ...] = ((3000, 0.0), (1400, 0.7), (2300, 0.7))
     rows: int = 16
     row_tokens: int = 256
     lr: float = 3e-3
-    warmup: int = 200
+    warmup: int = 100
     weight_decay: float = 0.05
     other_weight: float = 0.2  # weight of tokens that are no answer
     seed: int = 0
-    save_every: int = 250
+    save_every: int = 200
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(steps for steps, _ in self.phases)
+
+    def phase(self, step: int) -> tuple[int, int, float]:
+        """Step within its phase, steps of that phase, and its share of notes."""
+        for steps, share in self.phases:
+            if step < steps:
+                return step, steps, share
+            step -= steps
+        raise IndexError(step)
 
 
 def language_config(vocab_size: int) -> MambaConfig:
@@ -85,6 +104,30 @@ def chat(pairs: list[tuple[str, str]], rng: Generator) -> Pieces:
     return pieces
 
 
+def notes(scene: Scene, rng: Generator) -> list[str]:
+    """Loose notes of a scene: the words of one fact at each position, one to six times, empty positions between."""
+    positions = [""] * int(rng.integers(0, 12))
+    for digit in scene.digits:
+        fact = f" {digit.colour} {digit.value} {digit.place}"
+        positions += [fact] * int(rng.integers(1, 7))
+    return [positions[int(i)] for i in rng.permutation(len(positions))]
+
+
+def noted(rng: Generator, pool: tuple[int, ...]) -> tuple[list[str], Pieces]:
+    """Notes of a scene, or of two, and a text about them: a caption, or a dialogue with a caption at its end."""
+    scene, other = sample_scene(rng, pool), sample_scene(rng, pool)
+    draw = rng.random()
+    if draw < 0.3:
+        return notes(scene, rng), [(caption(scene, rng), True), ("\n", False)]
+    if draw < 0.4:
+        pairs = [(q.text, q.answer) for q in pair_dialogue(scene, other, rng, int(rng.integers(2, 5)))]
+        return [*notes(scene, rng), *notes(other, rng)], chat(pairs, rng)
+    pairs = [(q.text, q.answer) for q in dialogue(scene, rng, int(rng.integers(4, 10)))]
+    if rng.random() < 0.3:
+        pairs.append((DESCRIBE[int(rng.integers(len(DESCRIBE)))], caption(scene, rng)))
+    return notes(scene, rng), chat(pairs, rng)
+
+
 def text(rng: Generator, pool: tuple[int, ...]) -> Pieces:
     """One text at random: reading, reading about two scenes, blind dialogue, captions, or small talk."""
     draw, scene = rng.random(), sample_scene(rng, pool)
@@ -112,27 +155,50 @@ def text(rng: Generator, pool: tuple[int, ...]) -> Pieces:
 def batches(
     tokenizer: PreTrainedTokenizerFast, recipe: LanguageTraining, start: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Packed rows (ids, seq_idx, weights), each (B, L); batch ``i`` depends on (seed, i) alone."""
+    """Packed rows: ids (B, L, W), seq_idx and weights (B, L); batch ``i`` depends on (seed, i) alone."""
     pool, _ = digit_pools()
     for index in range(start, recipe.steps):
         rng = np.random.default_rng([recipe.seed, 7, index])
+        _, _, share = recipe.phase(index)
         shape = (recipe.rows, recipe.row_tokens)
-        ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int32)
+        ids, segments = np.full((*shape, WORDS), EMPTY, np.int64), np.zeros(shape, np.int32)
         weights = np.zeros(shape, np.float32)
         for row in range(recipe.rows):
             filled, segment = 0, 0
             while filled < recipe.row_tokens:
                 first = True
-                for words, answer in text(rng, pool):
+                with_notes = share > 0 and rng.random() < share
+                positions, pieces = noted(rng, pool) if with_notes else ([], text(rng, pool))
+                for words in positions[: recipe.row_tokens - filled]:
+                    together = tokenizer(words).input_ids[:WORDS] if words else []
+                    ids[row, filled, : len(together)] = together
+                    segments[row, filled] = segment
+                    filled, first = filled + 1, False
+                for words, answer in pieces:
                     piece = tokenizer(words).input_ids[: recipe.row_tokens - filled]
                     here = slice(filled, filled + len(piece))
-                    ids[row, here], segments[row, here] = piece, segment
+                    ids[row, here, 0], segments[row, here] = piece, segment
                     weights[row, here] = 1.0 if answer else recipe.other_weight
                     if first and piece:  # nothing in its own text comes before the first token
                         weights[row, filled], first = 0.0, False
                     filled += len(piece)
                 segment += 1
         yield torch.from_numpy(ids), torch.from_numpy(segments), torch.from_numpy(weights)
+
+
+def embed(model: MambaLM, ids: Tensor) -> Tensor:
+    """(B, L, W) words to (B, L, D): the sum of the embeddings of a position's words, zero where there is none."""
+    return (model.get_input_embeddings()(ids.clamp(min=0)) * (ids >= 0)[..., None]).sum(2)
+
+
+def phase_rate(step: int, recipe: LanguageTraining) -> float:
+    """Linear warm-up, then cosine to zero, in each phase."""
+    step, steps, _ = recipe.phase(step)
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    return (
+        recipe.lr * 0.5 * (1.0 + math.cos(math.pi * (step - recipe.warmup) / max(steps - recipe.warmup, 1)))
+    )
 
 
 def train_language(tokenizer: PreTrainedTokenizerFast, recipe: LanguageTraining, work: Path) -> MambaLM:
@@ -160,9 +226,9 @@ def train_language(tokenizer: PreTrainedTokenizerFast, recipe: LanguageTraining,
     progress = tqdm(stream, initial=start, total=recipe.steps, desc="language", mininterval=5)
     for step, (ids, segments, weights) in enumerate(progress, start=start):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        logits = model(input_ids=ids, seq_idx=segments).logits[:, :-1].float()
-        target, weight = ids[:, 1:], weights[:, 1:]
+            group["lr"] = phase_rate(step, recipe)
+        logits = model(inputs_embeds=embed(model, ids), seq_idx=segments).logits[:, :-1].float()
+        target, weight = ids[:, 1:, 0].clamp(min=0), weights[:, 1:]
         each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
         loss = (each * weight).sum() / weight.sum()
         optimizer.zero_grad()

@@ -16,7 +16,9 @@ from vlmamba.config.recipe import recipe_functions
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ("log.md", "benchmarks.md")  # records of their time, which later code may outgrow
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in LOGS)]
-NEW_CONNECTOR = "vlmamba/models/connectors/pool.py"  # the file that docs/adding_a_connector.md lets the reader write
+NEW_CONNECTOR = (
+    "vlmamba/models/connectors/pool.py"  # the file that docs/adding_a_connector.md lets the reader write
+)
 GENERATED = ("playground/data/", "docs/benchmarks.md", "docs/log.md", NEW_CONNECTOR)
 TOP = ("docs", "eval", "playground", "scripts", "tests", "train", "vlmamba")
 FENCE = re.compile(r"^(?:<!-- (run[^>]*?) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -45,7 +47,9 @@ def commands():
                 continue
             for raw in code.splitlines():
                 line = raw.split("  #")[0].strip().removeprefix("srun ")
-                if line.startswith(("vlmamba ", "bash scripts/")) and not any(p in line for p in PLACEHOLDERS):
+                if line.startswith(("vlmamba ", "bash scripts/")) and not any(
+                    p in line for p in PLACEHOLDERS
+                ):
                     lines.append((page.name, line))
     return list(dict.fromkeys(lines))
 
@@ -65,7 +69,9 @@ def test_links_lead_somewhere(page):
         linked = (page.parent / path) if path else page
         assert linked.exists(), f"{page.name} links to {target}"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", linked.read_text(encoding="utf-8")), re.MULTILINE)
+            headings = re.findall(
+                r"^#+ (.+)$", FENCE.sub("", linked.read_text(encoding="utf-8")), re.MULTILINE
+            )
             assert anchor in map(slug, headings), f"{page.name} links to {target}"
 
 
@@ -90,7 +96,9 @@ def test_recipes_that_are_named_exist():
         for name, function in named:
             if name == "RECIPE":
                 continue
-            assert function in recipe_functions(ROOT / "train" / f"{name}.py"), f"{page.name}: {name}:{function}"
+            assert function in recipe_functions(ROOT / "train" / f"{name}.py"), (
+                f"{page.name}: {name}:{function}"
+            )
 
 
 def test_pages_have_commands():
@@ -141,16 +149,26 @@ def test_commands_are_accepted(page, line, monkeypatch, capsys, request):
     [
         (
             ["train", "vl_mamba:pretrain", "--dry-run"],
-            ["64 layers of width 2560", "729 visual tokens", "50,752,000 of 3,216,843,040", "2,181 steps in all"],
+            [
+                "64 layers of width 2560",
+                "729 visual tokens",
+                "50,752,000 of 3,216,843,040",
+                "2,181 steps in all",
+            ],
         ),
-        (["train", "vl_mamba:finetune", "--dry-run"], ["2,819,097,600 of 3,216,843,040", "5,198 steps in all"]),
+        (
+            ["train", "vl_mamba:finetune", "--dry-run"],
+            ["2,819,097,600 of 3,216,843,040", "5,198 steps in all"],
+        ),
         (["train", "q_mamba:pretrain", "--dry-run"], ["256 visual tokens", "379,572,480"]),
         (["train", "cobra:finetune", "--dry-run"], ["729 visual tokens", "47,789,568"]),
         (["train", "vl_mamba:pretrain", "--print-config"], ["name: vss-l2"]),
         (["train", "vl_mamba:pretrain", "--help-config"], ["optim.lr"]),
         (["info"], ["vss-l2", "vicuna_v1", "siglip2", "reference"]),
     ],
-    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) and value[0] in ("train", "info") else "",
+    ids=lambda value: (
+        " ".join(value[:3]) if isinstance(value, list) and value[0] in ("train", "info") else ""
+    ),
 )
 def test_commands_say_what_the_pages_say(words, says, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

@@ -45,7 +45,9 @@ def pretrain(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
     return TrainConfig(
         output=f"{run}/pretrain",
         model=ModelConfig(
-            vision=VisionConfig(family="siglip", path="playground/mini/siglip", feature_layer=-2),
+            vision=VisionConfig(
+                family="siglip", path="playground/mini/siglip", feature_layer=-2, final_norm=True
+            ),
             connector=ConnectorConfig(name=connector, options=CONNECTORS[connector]),
             language=LanguageConfig(path="playground/mini/mamba"),
             chat="plain",
@@ -61,16 +63,16 @@ def pretrain(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
             ),
             max_length=512,
             order="length",
-            num_workers=1,
+            num_workers=0,
             max_bad_fraction=0.0,
         ),
-        batch=BatchConfig(global_batch_size=32, micro_batch_size=32),
-        optim=OptimConfig(name="adamw", lr=2e-3),
+        batch=BatchConfig(global_batch_size=16, micro_batch_size=16),
+        optim=OptimConfig(name="adamw", lr=3e-3, betas=(0.9, 0.95)),
         schedule=ScheduleConfig(name="cosine", warmup_ratio=0.03),
-        epochs=1,
+        epochs=2,
         precision="fp32",
-        save_every=100,
-        log_every=5,
+        save_every=200,
+        log_every=10,
     )
 
 
@@ -92,6 +94,6 @@ def finetune(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
             ),
             order="modality_length",
         ),
-        optim=OptimConfig(name="adamw", lr=1e-3),
-        epochs=2,
+        optim=OptimConfig(name="adamw", lr=1e-3, betas=(0.9, 0.95)),
+        epochs=3,
     )

@@ -117,7 +117,7 @@ def test_every_recipe_prints_and_repeats_its_config(recipe, stage, capsys, tmp_p
 def test_info_prints_backends_and_parts(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for text in ("* torch", "reference", "vss-l2", "dinov2", "vicuna_v1", "mamba-ssm"):
+    for text in ("* ", "torch", "cpu", "reference", "vss-l2", "dinov2", "vicuna_v1", "mamba-ssm"):
         assert text in printed
 
 
