@@ -217,3 +217,12 @@ def test_wrong_settings_are_named(name, options, message):
 def test_features_of_another_encoder_are_refused():
     with pytest.raises(ShapeError, match=r"\(images, 16, 12\) for its 4 x 4 grid, got \(2, 15, 12\)"):
         build("mlp")(torch.zeros(2, 15, 12))
+
+
+def test_inference_mode_first_and_training_after():
+    local_windows.cache_clear()
+    connector = build("qmamba")
+    with torch.inference_mode():
+        connector(features())
+    connector(features()).square().mean().backward()
+    assert connector.queries.grad.abs().sum() > 0

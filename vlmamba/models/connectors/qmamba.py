@@ -30,12 +30,14 @@ def local_windows(num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
     Returns:
         Key indices (Q, W), rows padded with the last key of the window, and which of them count (Q, W) bool.
     """
-    q = torch.arange(num_queries, device="cpu")
-    first = q * num_keys // num_queries
-    end = -(-(q + 1) * num_keys // num_queries)
-    offsets = torch.arange(int((end - first).max()), device="cpu")
-    index = first[:, None] + offsets
-    return index.clamp(max=num_keys - 1), index < end[:, None]
+    # Kept from call to call, so never a tensor of inference mode, which training could not use.
+    with torch.inference_mode(False):
+        q = torch.arange(num_queries, device="cpu")
+        first = q * num_keys // num_queries
+        end = -(-(q + 1) * num_keys // num_queries)
+        offsets = torch.arange(int((end - first).max()), device="cpu")
+        index = first[:, None] + offsets
+        return index.clamp(max=num_keys - 1), index < end[:, None]
 
 
 class CrossAttention(nn.Module):
