@@ -1,6 +1,6 @@
 """Q-Mamba: learned queries through causal Mamba layers, each followed by cross-attention to the image and an FFN.
 
-"Query-based cross-modal projector" of ../../../docs/connectors.md: queries of width 768 go through 24 blocks of a
+The "query-based cross-modal projector" (docs/connectors.md): queries of width 768 go through 24 blocks of a
 causal Mamba layer (sequence mixer), cross-attention to the visual features, and a feed-forward network (channel
 mixer). With local attention query i sees its own share of the keys alone.
 
