@@ -15,15 +15,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from phrases import DESCRIBE, SHORT_ANSWER, caption, dialogue, pair_dialogue, small_talk
+from phrases import DESCRIBE, SHARES, SHORT_ANSWER, caption, dialogue, pair_dialogue, small_talk
 from scenes import Scene, digit_pools, sample_scene
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,11 +44,30 @@ EMPTY = -1
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one mix of texts; the learning rate starts over in each."""
+
+    steps: int
+    notes: float  # share of texts that begin with notes
+    questions: Mapping[str, float] = field(default_factory=lambda: SHARES)  # shares of the categories
+
+
+# The eight colours' embeddings begin almost parallel, so looking colours up is learnt last: it gets a phase.
+COLOURS_FIRST = {"colour": 0.8, "digit": 0.1, "position": 0.1}
+BALANCED = {"digit": 0.3, "colour": 0.25, "position": 0.25, "count": 0.08, "exists": 0.12}
+
+
+@dataclass(frozen=True)
 class LanguageTraining:
     """How the language model is trained; every row is fresh."""
 
-    # Steps, and share of texts that begin with notes, of each phase; the learning rate starts over in each.
-    phases: tuple[tuple[int, float], ...] = ((3000, 0.0), (1400, 0.7), (2300, 0.7))
+    phases: tuple[Phase, ...] = (
+        Phase(3000, 0.0),
+        Phase(1400, 0.7),
+        Phase(2300, 0.7),
+        Phase(700, 0.9, COLOURS_FIRST),
+        Phase(5000, 0.8, BALANCED),
+    )
     rows: int = 16
     row_tokens: int = 256
     lr: float = 3e-3
@@ -61,14 +80,14 @@ class LanguageTraining:
     @property
     def steps(self) -> int:
         """Steps of all phases."""
-        return sum(steps for steps, _ in self.phases)
+        return sum(phase.steps for phase in self.phases)
 
-    def phase(self, step: int) -> tuple[int, int, float]:
-        """Step within its phase, steps of that phase, and its share of notes."""
-        for steps, share in self.phases:
-            if step < steps:
-                return step, steps, share
-            step -= steps
+    def phase(self, step: int) -> tuple[Phase, int]:
+        """The phase that a step belongs to, and the step's place within it."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
         raise IndexError(step)
 
 
@@ -113,7 +132,7 @@ def notes(scene: Scene, rng: Generator) -> list[str]:
     return [positions[int(i)] for i in rng.permutation(len(positions))]
 
 
-def noted(rng: Generator, pool: tuple[int, ...]) -> tuple[list[str], Pieces]:
+def noted(rng: Generator, pool: tuple[int, ...], shares: Mapping[str, float]) -> tuple[list[str], Pieces]:
     """Notes of a scene, or of two, and a text about them: a caption, or a dialogue with a caption at its end."""
     scene, other = sample_scene(rng, pool), sample_scene(rng, pool)
     draw = rng.random()
@@ -122,13 +141,13 @@ def noted(rng: Generator, pool: tuple[int, ...]) -> tuple[list[str], Pieces]:
     if draw < 0.4:
         pairs = [(q.text, q.answer) for q in pair_dialogue(scene, other, rng, int(rng.integers(2, 5)))]
         return [*notes(scene, rng), *notes(other, rng)], chat(pairs, rng)
-    pairs = [(q.text, q.answer) for q in dialogue(scene, rng, int(rng.integers(4, 10)))]
+    pairs = [(q.text, q.answer) for q in dialogue(scene, rng, int(rng.integers(4, 10)), shares)]
     if rng.random() < 0.3:
         pairs.append((DESCRIBE[int(rng.integers(len(DESCRIBE)))], caption(scene, rng)))
     return notes(scene, rng), chat(pairs, rng)
 
 
-def text(rng: Generator, pool: tuple[int, ...]) -> Pieces:
+def text(rng: Generator, pool: tuple[int, ...], shares: Mapping[str, float]) -> Pieces:
     """One text at random: reading, reading about two scenes, blind dialogue, captions, or small talk."""
     draw, scene = rng.random(), sample_scene(rng, pool)
     suffix = f"\n{SHORT_ANSWER}" if rng.random() < 0.2 else ""
@@ -143,7 +162,7 @@ def text(rng: Generator, pool: tuple[int, ...]) -> Pieces:
         pairs = [(q.text, q.answer) for q in pair_dialogue(scene, other, rng, int(rng.integers(2, 5)))]
         described = f"{caption(scene, rng)}\n{caption(other, rng)}\n"
     else:
-        pairs = [(q.text, q.answer) for q in dialogue(scene, rng, int(rng.integers(3, 8)))]
+        pairs = [(q.text, q.answer) for q in dialogue(scene, rng, int(rng.integers(3, 8)), shares)]
         described = f"{caption(scene, rng)}\n"
     if not pairs:
         return [(caption(scene, rng) + END, False)]
@@ -159,7 +178,7 @@ def batches(
     pool, _ = digit_pools()
     for index in range(start, recipe.steps):
         rng = np.random.default_rng([recipe.seed, 7, index])
-        _, _, share = recipe.phase(index)
+        phase, _ = recipe.phase(index)
         shape = (recipe.rows, recipe.row_tokens)
         ids, segments = np.full((*shape, WORDS), EMPTY, np.int64), np.zeros(shape, np.int32)
         weights = np.zeros(shape, np.float32)
@@ -167,8 +186,9 @@ def batches(
             filled, segment = 0, 0
             while filled < recipe.row_tokens:
                 first = True
-                with_notes = share > 0 and rng.random() < share
-                positions, pieces = noted(rng, pool) if with_notes else ([], text(rng, pool))
+                with_notes = phase.notes > 0 and rng.random() < phase.notes
+                shares = phase.questions
+                positions, pieces = noted(rng, pool, shares) if with_notes else ([], text(rng, pool, shares))
                 for words in positions[: recipe.row_tokens - filled]:
                     together = tokenizer(words).input_ids[:WORDS] if words else []
                     ids[row, filled, : len(together)] = together
@@ -193,7 +213,8 @@ def embed(model: MambaLM, ids: Tensor) -> Tensor:
 
 def phase_rate(step: int, recipe: LanguageTraining) -> float:
     """Linear warm-up, then cosine to zero, in each phase."""
-    step, steps, _ = recipe.phase(step)
+    phase, step = recipe.phase(step)
+    steps = phase.steps
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     return (

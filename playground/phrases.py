@@ -7,7 +7,7 @@ an answer from a question's machine-readable form and the scene, never from the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from numpy.random import Generator
@@ -205,12 +205,14 @@ def ask_pair(first: Scene, second: Scene, rng: Generator) -> Question | None:
     return _ask("compare", kind, {name: _pick(rng, only)}, [first, second], rng)
 
 
-_WEIGHTS = {"digit": 0.32, "colour": 0.18, "position": 0.18, "count": 0.14, "exists": 0.18}
+SHARES = {"digit": 0.32, "colour": 0.18, "position": 0.18, "count": 0.14, "exists": 0.18}
 
 
-def dialogue(scene: Scene, rng: Generator, turns: int) -> list[Question]:
-    """Up to ``turns`` different questions about one scene."""
-    names, weights = list(_WEIGHTS), list(_WEIGHTS.values())
+def dialogue(
+    scene: Scene, rng: Generator, turns: int, shares: Mapping[str, float] = SHARES
+) -> list[Question]:
+    """Up to ``turns`` different questions about one scene; ``shares`` of the categories add up to one."""
+    names, weights = list(shares), list(shares.values())
     asked: dict[tuple[str, str], Question] = {}
     for _ in range(6 * turns):
         question = ask(names[int(rng.choice(len(names), p=weights))], scene, rng)

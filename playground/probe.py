@@ -6,8 +6,8 @@ Fits two small readers on features of training scenes (drawn afresh from the tra
 them on the held-out pictures of the data set, as they lie on disk: a linear one on the mean of a cell's
 patches, and an MLP on all patches of a cell.  Each names the digit (or "none") and the colour in every
 cell; the count follows from the cells that are not empty.  Reported per feature layer (-1 is the last, -2
-what LLaVA-style recipes use).  The language model is asked about scenes that it reads about, and that it
-does not.
+what LLaVA-style recipes use).  The language model is asked about scenes that it reads about (notes, or a
+caption), and that it does not.
 
 Shapes: B pictures, V patches (64), D encoder width.
 """
@@ -90,9 +90,12 @@ def score(readers: tuple[nn.Module, nn.Module], inputs: Tensor, labels: Labels) 
 
 
 @torch.no_grad()
-def reading(path: Path, count: int = 300) -> dict[str, float]:
-    """Share of right answers of the language model, with a written description and without anything."""
-    from mini_language import END
+def reading(path: Path, scenes: int = 300) -> dict[str, dict[str, float]]:
+    """Share of right answers of the language model for each kind of question: {way: {category: share}}.
+
+    It is told about the scene by loose notes (what a connector will give it), by a written caption, or not at all.
+    """
+    from mini_language import BALANCED, END, WORDS, embed, notes
     from transformers import AutoTokenizer
 
     from vlmamba.models.language import MambaLM
@@ -100,16 +103,26 @@ def reading(path: Path, count: int = 300) -> dict[str, float]:
     model, tokenizer = MambaLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     rng = np.random.default_rng(2)
     pool, _ = digit_pools()
-    right = {"reading": 0, "blind": 0}
-    for _ in range(count):
+    hits: dict[str, dict[str, list[bool]]] = {"notes": {}, "caption": {}, "blind": {}}
+    for _ in range(scenes):
         scene = sample_scene(rng, pool)
-        question = dialogue(scene, rng, 1)[0]
-        for name, described in (("reading", caption(scene, rng) + "\n"), ("blind", "")):
-            prompt = tokenizer(f"USER: {described}{question.text} ASSISTANT:").input_ids
+        for question in dialogue(scene, rng, 4, BALANCED):
             answer = tokenizer(f" {question.answer}{END}").input_ids
-            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            right[name] += logits.argmax(-1).tolist() == answer
-    return {name: hits / count for name, hits in right.items()}
+            for way, told, written in (
+                ("notes", notes(scene, rng), ""),
+                ("caption", [], caption(scene, rng) + "\n"),
+                ("blind", [], ""),
+            ):
+                positions = [tokenizer(words).input_ids[:WORDS] if words else [] for words in told]
+                prompt = tokenizer(f"USER: {written}{question.text} ASSISTANT:").input_ids
+                positions += [[word] for word in prompt + answer]
+                ids = torch.tensor([words + [-1] * (WORDS - len(words)) for words in positions])
+                logits = model(inputs_embeds=embed(model, ids[None])).logits[0, -len(answer) - 1 : -1]
+                hits[way].setdefault(question.category, []).append(logits.argmax(-1).tolist() == answer)
+    return {
+        way: {name: sum(right) / len(right) for name, right in sorted(kinds.items())}
+        for way, kinds in hits.items()
+    }
 
 
 def main() -> None:
@@ -124,11 +137,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[-1, -2, -3])
     parser.add_argument("--language", type=Path, default=here / "mini" / "mamba")
     arguments = parser.parse_args()
-    print(
-        "language model",
-        *(f"{key} {value:.3f}" for key, value in reading(arguments.language).items()),
-        flush=True,
-    )
+    for way, kinds in reading(arguments.language).items():
+        print(f"language model {way:8s}", *(f"{key} {value:.3f}" for key, value in kinds.items()), flush=True)
     encoder = SiglipVisionModel.from_pretrained(arguments.encoder).eval()
     rng = np.random.default_rng(1)
     pool, _ = digit_pools()
