@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmamba.ssm import selective_scan
-from vlmamba.ssm.registry import BACKENDS, ENVIRONMENT_VARIABLE, get_backend
+from vlmamba.ssm.registry import BACKENDS, ENVIRONMENT_VARIABLE, forget_choices, get_backend
 
 
 def _here() -> list[str]:
@@ -20,7 +20,9 @@ def _here() -> list[str]:
 def _fixed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     torch.manual_seed(0)
+    forget_choices()
     yield
+    forget_choices()
 
 
 @pytest.fixture(params=_here())

@@ -160,3 +160,22 @@ def test_step_misfits_carry_both_values():
             torch.zeros(8, 4),
             *torch.zeros(2, 2, 4),
         )
+
+
+def test_a_backend_without_a_step_says_so(called):
+    def step(call):
+        return call.u
+
+    registry.BACKENDS.add("scan_only", Backend("scan_only", 50, lambda call: (call.u, None)))
+    registry.BACKENDS.add("stepper", Backend("stepper", 20, lambda call: (call.u, None), step=step))
+    spec = ScanSpec(op="step")
+    assert choose_backend(spec).name == "stepper"
+    rows = {row.name: row.verdict for row in explanations(spec)}
+    assert rows["scan_only"] == "it has no one-step update"
+    u = torch.ones(2, 8)
+    arguments = (torch.zeros(2, 8, 4), u, u, torch.ones(8, 4), *torch.ones(2, 2, 4))
+    assert selective_state_update(*arguments) is u
+    with pytest.raises(
+        BackendError, match=r"'scan_only' .* \(step cpu float32 .*: it has no one-step update"
+    ):
+        selective_state_update(*arguments, backend="scan_only")

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlmamba.errors import ShapeError
 from vlmamba.ssm.checks import check_device, check_dtype, check_integers, check_shape, grouped
 from vlmamba.ssm.registry import choose_backend
-from vlmamba.ssm.spec import ScanCall, ScanSpec, compute_dtype, no_autocast
+from vlmamba.ssm.spec import ScanCall, ScanSpec, StepCall, compute_dtype, no_autocast
 
 
 def selective_scan(
@@ -107,6 +106,7 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     *,
     dt_softplus: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Run one decode step and overwrite the state in place.
 
@@ -123,12 +123,14 @@ def selective_state_update(
         z: Gate.
         dt_bias: Added to `dt` before the softplus.
         dt_softplus: Whether `dt` goes through softplus.
+        backend: Name of a backend; by default the best one that can serve.
 
     Returns:
         y, (B, D) in u's dtype.
 
     Raises:
-        ShapeError: Shapes or devices do not fit.
+        ShapeError: Shapes, dtypes or devices do not fit.
+        BackendError: The backend asked for is unknown or cannot serve the call.
     """
     name = "selective_state_update"
     check_shape(name, "u", u, (None, None), "(B, D)")
@@ -140,28 +142,27 @@ def selective_state_update(
         check_shape(name, label, tensor, (batch, channels), "(B, D) like u")
     for label, tensor in (("D", D), ("dt_bias", dt_bias)):
         check_shape(name, label, tensor, (channels,), "(D)")
-    B, C = (grouped(name, label, tensor, (batch,), channels, size) for label, tensor in (("B", B), ("C", C)))
+    B = grouped(name, "B", B, (batch,), channels, size)
+    C = grouped(name, "C", C, (batch,), channels, size)
     if B.shape != C.shape:
         raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
-    groups = B.shape[1]
-    kind = compute_dtype(u.dtype)
+    tensors = (u, dt, A, B, C, D, z, dt_bias)
+    features = [key for key, used in (("D", D), ("z", z), ("dt_bias", dt_bias)) if used is not None]
+    spec = ScanSpec(
+        op="step",
+        device=u.device.type,
+        dtype=u.dtype,
+        batch=batch,
+        channels=channels,
+        state_size=size,
+        groups=B.shape[1],
+        features=frozenset(features),
+        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
+    )
+    chosen = choose_backend(spec, backend)
+    assert chosen.step is not None
     with no_autocast(u.device):
-        x = u.to(kind)
-        delta = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
-        delta = F.softplus(delta) if dt_softplus else delta
-        decay = torch.exp(delta.unsqueeze(-1) * A.to(kind))
-        rows = (batch, groups, channels // groups)
-        increment = (delta * x).view(*rows, 1) * B.to(kind).unsqueeze(2)
-        old = state.clone() if torch.is_grad_enabled() else state
-        new = torch.addcmul(increment.reshape(state.shape), decay, old.to(kind))
-        with torch.no_grad():
-            state.copy_(new)
-        y = torch.matmul(new.view(*rows, size), C.to(kind).unsqueeze(-1)).reshape(batch, channels)
-        if D is not None:
-            y = torch.addcmul(y, x, D.to(kind))
-        if z is not None:
-            y = y * F.silu(z.to(kind))
-        return y.to(u.dtype)
+        return chosen.step(StepCall(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus))
 
 
 def _checked_call(

@@ -30,6 +30,9 @@ BACKENDS.add("cpu", "vlmamba.ssm.backends.cpu:BACKEND")
 
 _forced: list[str | None] = []
 _logged: set[tuple[object, ...]] = set()
+_chosen: dict[tuple[ScanSpec, str | None], Backend] = {}
+_CHOICES_KEPT = 4096
+_MISSING = {"conv": "it has no causal convolution", "step": "it has no one-step update"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,13 @@ def judge(backend: Backend, spec: ScanSpec) -> Verdict:
     available = backend.available()
     if available is not True:
         return available
-    if spec.op == "conv" and backend.conv is None:
-        return "it has no causal convolution"
+    if getattr(backend, spec.op) is None:
+        return _MISSING[spec.op]
     return backend.supports(spec)
 
 
 def choose_backend(spec: ScanSpec, name: str | None = None) -> Backend:
-    """The backend that serves a call.
+    """The backend that serves a call; worked out once for each spec and kept.
 
     Args:
         spec: The call.
@@ -105,6 +108,21 @@ def choose_backend(spec: ScanSpec, name: str | None = None) -> Backend:
         BackendError: The backend asked for is unknown or cannot serve; or no backend can.
     """
     wanted, asker = requested_backend(name)
+    kept = _chosen.get((spec, wanted))
+    if kept is not None:
+        return kept
+    if len(_chosen) >= _CHOICES_KEPT:  # lengths vary from batch to batch
+        _chosen.clear()
+    backend = _chosen[spec, wanted] = _choose(spec, wanted, asker)
+    return backend
+
+
+def forget_choices() -> None:
+    """Let the next calls ask the backends again, after something about the machine or the registry changed."""
+    _chosen.clear()
+
+
+def _choose(spec: ScanSpec, wanted: str | None, asker: str) -> Backend:
     if wanted is not None:
         backend = get_backend(wanted)
         verdict = judge(backend, spec)

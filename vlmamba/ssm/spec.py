@@ -22,20 +22,20 @@ class ScanSpec:
     """The facts of one call, without its tensors: what backends are asked about.
 
     Attributes:
-        op: "scan" (`selective_scan`) or "conv" (`causal_conv1d`).
+        op: "scan" (`selective_scan`), "conv" (`causal_conv1d`) or "step" (`selective_state_update`).
         device: Device type ("cpu", "cuda", ...).
         dtype: Dtype of the main input.
         batch: B.
-        length: L.
+        length: L (1 for a step).
         channels: D.
-        state_size: N for a scan, the kernel width K for a conv.
+        state_size: N for a scan or a step, the kernel width K for a conv.
         groups: G (1 for a conv).
         features: Names of what the call uses beyond the plain operation, out of "D", "z", "dt_bias",
             "seq_idx", "initial_state", "reverse", "group_reverse", "state_at", "last_state", "activation".
         needs_grad: Whether a gradient will be asked for.
     """
 
-    op: Literal["scan", "conv"] = "scan"
+    op: Literal["scan", "conv", "step"] = "scan"
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     batch: int = 1
@@ -51,7 +51,7 @@ class ScanSpec:
         features = "+".join(sorted(self.features)) or "plain"
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"B={self.batch} L={self.length} D={self.channels}"
-        sizes += f" N={self.state_size} G={self.groups}" if self.op == "scan" else f" K={self.state_size}"
+        sizes += f" N={self.state_size} G={self.groups}" if self.op != "conv" else f" K={self.state_size}"
         return f"{self.op} {self.device} {dtype} {sizes} {features}{' with grad' if self.needs_grad else ''}"
 
 
@@ -111,6 +111,30 @@ class ConvCall:
     lead: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """The checked arguments of one `selective_state_update`.
+
+    Attributes:
+        state: (B, D, N), overwritten in place; of any floating dtype and strides.
+        u: (B, D), as are `dt` and `z`.
+        A: (D, N).
+        B: (B, G, N), as is `C`.
+        D: (D), as is `dt_bias`.
+    """
+
+    state: Tensor
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+
+
 def _always(_: ScanSpec | None = None) -> Verdict:
     return True
 
@@ -123,9 +147,11 @@ class Backend:
         name: Exact name, as given to `backend=`.
         priority: Higher is preferred among the backends that can serve a call.
         available: Says whether it can run on this machine at all: True, or the reason why not.
-        supports: Says whether it serves a call: True, or the reason why not.
+        supports: Says whether it serves a call: True, or the reason why not. Asked once for each kind of
+            call, so the answer may depend on nothing but the spec.
         scan: Runs a scan: (y, states); states are (B, S, D, N), (B, D, N) or None, as the call asks.
         conv: Runs a causal convolution over (B, L, D), or None where the backend has none.
+        step: Runs one decode step: overwrites `state` and returns y (B, D) in u's dtype. Or None.
     """
 
     name: str
@@ -134,6 +160,7 @@ class Backend:
     conv: Callable[[ConvCall], Tensor] | None = None
     available: Callable[[], Verdict] = _always
     supports: Callable[[ScanSpec], Verdict] = _always
+    step: Callable[[StepCall], Tensor] | None = None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from vlmamba.ssm.backends import cpu_build, reference
 from vlmamba.ssm.backends.torch_conv import conv
+from vlmamba.ssm.backends.torch_step import step
 from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict, no_autocast
 
 _INTEGERS = ("batch", "length", "channels", "size", "groups", "asked", "threads", "softplus", "last")
@@ -253,4 +254,6 @@ def supports(spec: ScanSpec) -> Verdict:
     return True if spec.dtype != torch.float64 else "it computes in float32; float64 is served by 'reference'"
 
 
-BACKEND = Backend(name="cpu", priority=20, scan=scan, conv=conv, available=available, supports=supports)
+BACKEND = Backend(
+    name="cpu", priority=20, scan=scan, conv=conv, available=available, supports=supports, step=step
+)

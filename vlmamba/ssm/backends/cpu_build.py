@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from vlmamba.ssm.registry import forget_choices
+
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "VLMAMBA_CACHE"
@@ -64,6 +66,7 @@ def forget() -> None:
     """Let the next `load` start afresh."""
     with _lock:
         _loaded.clear()
+    forget_choices()
 
 
 def cache_folder() -> Path:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmamba.ssm.backends.torch_step import step
 from vlmamba.ssm.spec import Backend, ConvCall, ScanCall, compute_dtype, segment_runs, segment_starts
 
 
@@ -93,4 +94,4 @@ def conv(call: ConvCall) -> Tensor:
     return (F.silu(y) if call.activation == "silu" else y).to(call.x.dtype)
 
 
-BACKEND = Backend(name="reference", priority=0, scan=scan, conv=conv)
+BACKEND = Backend(name="reference", priority=0, scan=scan, conv=conv, step=step)

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from vlmamba.ssm.backends.torch_blocks import Block, Inputs, Plan, flat_chunks
 from vlmamba.ssm.backends.torch_conv import conv
+from vlmamba.ssm.backends.torch_step import step
 from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict, compute_dtype, no_autocast
 
 
@@ -253,4 +254,4 @@ def supports(spec: ScanSpec) -> Verdict:
     return True if spec.dtype != torch.float64 else "it computes in float32; float64 is served by 'reference'"
 
 
-BACKEND = Backend(name="torch", priority=10, scan=scan, conv=conv, supports=supports)
+BACKEND = Backend(name="torch", priority=10, scan=scan, conv=conv, supports=supports, step=step)
