@@ -28,7 +28,7 @@ SETTINGS = [
 
 
 def make(settings: PlanSettings, epoch: int = 0, indices: np.ndarray = INDICES):
-    return plan_epoch(indices, settings, epoch, lengths=LENGTHS, has_image=IMAGES)
+    return plan_epoch(indices, settings, epoch, lengths=LENGTHS, num_images=IMAGES)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

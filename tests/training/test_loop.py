@@ -151,6 +151,8 @@ def test_log_lines(make_config: MakeConfig) -> None:
         "data_wait_pct",
         "padding_pct",
         "supervised_pct",
+        "repaired",
+        "repairs",
         "memory_gib",
         "seconds",
     }

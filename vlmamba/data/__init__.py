@@ -18,12 +18,15 @@ from vlmamba.data.ledger import BadSamples
 from vlmamba.data.lengths import LengthTable, compute_lengths
 from vlmamba.data.loader import Loader, Step, build_loader
 from vlmamba.data.mixture import Mixture
-from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch
+from vlmamba.data.packing import PACK_MULTIPLE, pack
+from vlmamba.data.sampler import EpochPlan, PlanAccount, PlanSettings, plan_epoch
 from vlmamba.data.sources import SOURCES, LLaVASource, build_source
-from vlmamba.data.types import Encoded, ImageRef, Message, Processor, RowError, Sample, Source
+from vlmamba.data.types import EVENTS, Encoded, ImageRef, Message, Processor, RowError, Sample, Source
 
 __all__ = [
+    "EVENTS",
     "MODEL_KEYS",
+    "PACK_MULTIPLE",
     "SOURCES",
     "BadSamples",
     "CheckReport",
@@ -36,6 +39,7 @@ __all__ = [
     "Loader",
     "Message",
     "Mixture",
+    "PlanAccount",
     "PlanSettings",
     "Problem",
     "Processor",
@@ -52,6 +56,7 @@ __all__ = [
     "download_hint",
     "missing_folders",
     "open_image",
+    "pack",
     "parse_row",
     "place_images",
     "plan_epoch",

@@ -1,4 +1,5 @@
-"""Items to a micro-batch: padding on the right, pictures of all rows one after another.
+"""Items to a micro-batch: side by side with padding on the right, or packed one after another into one row;
+pictures of all samples one after another.
 
 B rows, L longest row, n images of the whole batch, C channels, S image side.
 """
@@ -13,52 +14,79 @@ import torch
 from vlmamba.data.dataset import IGNORE
 from vlmamba.data.types import Batch, Item
 
-MODEL_KEYS = ("input_ids", "attention_mask", "labels", "pixel_values")
+MODEL_KEYS = ("input_ids", "attention_mask", "labels", "seq_idx", "pixel_values")
 """The keys of a batch that the model takes; all others are accounts."""
 
 
-def collate(items: Sequence[Item], pad_token_id: int, *, pad_to_multiple_of: int = 1) -> Batch:
-    """Pad and join.
+def collate(
+    items: Sequence[Item], pad_token_id: int, *, pad_to_multiple_of: int = 1, packed: bool = False
+) -> Batch:
+    """Pad and join, or pack and join.
 
     Args:
         items: Elements of `VLDataset`. One with a true ``filler`` has no label and is counted as padding.
         pad_token_id: What fills `input_ids`; masks come from lengths, so it may equal any real token.
-        pad_to_multiple_of: Round the padded length up.
+        pad_to_multiple_of: Round the length up.
+        packed: One row of all items instead of one row an item.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64; ``pixel_values`` (n, C, S, S), absent when
-        no row has an image; ``num_images`` (list of B), ``ids``, ``sources``, ``wheres`` (lists of B),
-        ``num_samples``, ``num_supervised``, ``num_tokens``, ``num_padding`` (ints), ``bad_samples``
-        (records), ``events`` (name -> count).
+        ``input_ids``, ``labels`` (B, L) int64; padded: ``attention_mask`` (B, L) int64; packed: ``seq_idx`` (1, L)
+        int32, the number of the sample at each position, padding at the end a sample of its own without labels;
+        ``pixel_values`` (n, C, S, S), absent when no item has an image; ``num_images``, ``ids``, ``sources``,
+        ``wheres`` (lists, one entry an item), ``num_samples``, ``num_supervised``, ``num_tokens``,
+        ``num_padding`` (ints), ``bad_samples`` (records), ``events`` (name -> count).
     """
     lengths = [len(item["input_ids"]) for item in items]
-    width = -(-max(lengths) // pad_to_multiple_of) * pad_to_multiple_of
-    input_ids = torch.full((len(items), width), pad_token_id, dtype=torch.long)
+    width = sum(lengths) if packed else max(lengths)
+    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    batch = (_one_row if packed else _side_by_side)(items, lengths, width, pad_token_id)
+    pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
+    if pixels:
+        batch["pixel_values"] = torch.cat(pixels)
+    batch.update(_accounts(items, lengths, batch["labels"]))
+    return batch
+
+
+def _side_by_side(items: Sequence[Item], lengths: Sequence[int], width: int, pad: int) -> Batch:
+    input_ids = torch.full((len(items), width), pad, dtype=torch.long)
     labels = torch.full((len(items), width), IGNORE, dtype=torch.long)
     attention_mask = torch.zeros((len(items), width), dtype=torch.long)
     for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
         input_ids[row, :length] = item["input_ids"]
         labels[row, :length] = item["labels"]
         attention_mask[row, :length] = 1
-    pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
-    batch: Batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    if pixels:
-        batch["pixel_values"] = torch.cat(pixels)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _one_row(items: Sequence[Item], lengths: Sequence[int], width: int, pad: int) -> Batch:
+    input_ids = torch.full((1, width), pad, dtype=torch.long)
+    labels = torch.full((1, width), IGNORE, dtype=torch.long)
+    seq_idx = torch.full((1, width), len(items), dtype=torch.int32)
+    begin = 0
+    for number, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        end = begin + length
+        input_ids[0, begin:end] = item["input_ids"]
+        labels[0, begin + 1 : end] = item["labels"][1:]  # no sample predicts the first token of the next
+        seq_idx[0, begin:end] = number
+        begin = end
+    return {"input_ids": input_ids, "seq_idx": seq_idx, "labels": labels}
+
+
+def _accounts(items: Sequence[Item], lengths: Sequence[int], labels: torch.Tensor) -> Batch:
     real = [not item.get("filler", False) for item in items]
     num_tokens = sum(length for length, counts in zip(lengths, real, strict=True) if counts)
     events: Counter[str] = Counter()
     for item, counts in zip(items, real, strict=True):
         events.update(item.get("events", {}) if counts else {})
-    batch.update(
-        num_images=[0 if item["pixel_values"] is None else len(item["pixel_values"]) for item in items],
-        ids=[item["id"] for item in items],
-        sources=[item.get("source", "") for item in items],
-        wheres=[item.get("where", "") for item in items],
-        num_samples=sum(real),
-        num_supervised=int((labels[:, 1:] != IGNORE).sum()),
-        num_tokens=num_tokens,
-        num_padding=len(items) * width - num_tokens,
-        bad_samples=[record for item in items for record in item.get("bad", [])],
-        events=dict(events),
-    )
-    return batch
+    return {
+        "num_images": [0 if item["pixel_values"] is None else len(item["pixel_values"]) for item in items],
+        "ids": [item["id"] for item in items],
+        "sources": [item.get("source", "") for item in items],
+        "wheres": [item.get("where", "") for item in items],
+        "num_samples": sum(real),
+        "num_supervised": int((labels[:, 1:] != IGNORE).sum()),
+        "num_tokens": num_tokens,
+        "num_padding": labels.numel() - num_tokens,
+        "bad_samples": [record for item in items for record in item.get("bad", [])],
+        "events": dict(events),
+    }

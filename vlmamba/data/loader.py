@@ -72,7 +72,6 @@ class Loader:
         rank, world_size: Which share of each step this process loads.
         num_workers, prefetch_factor, pin_memory, persistent_workers, timeout: As for torch's DataLoader; the
             prefetch factor counts micro-batches.
-        pad_to_multiple_of: See `collate`.
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class Loader:
         pin_memory: bool = False,
         persistent_workers: bool = True,
         timeout: float = 0.0,
-        pad_to_multiple_of: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} of {world_size} ranks")
@@ -104,7 +102,7 @@ class Loader:
             self.bad_samples.add(lengths.problems(dataset))
         self._indices = _MicroBatchIndices(rank, world_size)
         self._loader: DataLoader[Batch] = DataLoader(
-            _MicroBatches(dataset, pad_to_multiple_of),
+            _MicroBatches(dataset, settings),
             batch_size=None,
             sampler=self._indices,
             num_workers=num_workers,
@@ -135,7 +133,7 @@ class Loader:
                 self.settings,
                 epoch,
                 lengths=None if table is None else table.lengths,
-                has_image=None if table is None else table.num_images > 0,
+                num_images=None if table is None else table.num_images,
             )
             if not len(plan):
                 rows = len(self.dataset)
@@ -253,8 +251,9 @@ class _MicroBatchIndices(Sampler[list[int]]):
 class _MicroBatches(Dataset[Batch]):
     """Row numbers to a collated batch, inside a worker. Users' errors come back as values, unwrapped."""
 
-    def __init__(self, dataset: VLDataset, pad_to_multiple_of: int) -> None:
-        self.dataset, self.pad_to_multiple_of = dataset, pad_to_multiple_of
+    def __init__(self, dataset: VLDataset, settings: PlanSettings) -> None:
+        self.dataset = dataset
+        self.multiple, self.packed = settings.pad_to_multiple_of, settings.pack_tokens is not None
 
     def __getitem__(self, indices: list[int]) -> Batch:
         try:
@@ -262,7 +261,8 @@ class _MicroBatches(Dataset[Batch]):
         except VLMambaError as error:
             error.__cause__ = error.__context__ = None
             return {_FAILURE: error}
-        return collate(items, self.dataset.processor.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+        pad = self.dataset.processor.pad_token_id
+        return collate(items, pad, pad_to_multiple_of=self.multiple, packed=self.packed)
 
     def _item(self, index: int) -> Item:
         item = self.dataset[row_of(index)]

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from vlmamba.data.packing import pack
 from vlmamba.errors import ConfigError
 
 Grouping = Literal["random", "length", "modality_length"]
@@ -32,6 +33,9 @@ class PlanSettings:
         micro_samples: The most rows of a micro-batch, or None.
         micro_tokens: Instead, or as well: the most tokens of a micro-batch, padding counted (rows x longest
             row).
+        pack_tokens: Instead of both: samples are packed one after another into rows of at most so many tokens
+            (`vlmamba.data.packing`); a micro-batch is one such row.
+        pad_to_multiple_of: The length of every micro-batch is rounded up to a multiple of it.
         grouping: "random"; "length": the rows of a step are similarly long; "modality_length": and all
             with images or all without (but for the one step that takes what is left over).
         drop_last: Leave out the rows that do not fill a last step. Otherwise the last step is smaller.
@@ -42,6 +46,8 @@ class PlanSettings:
     step_tokens: int | None = None
     micro_samples: int | None = None
     micro_tokens: int | None = None
+    pack_tokens: int | None = None
+    pad_to_multiple_of: int = 1
     grouping: Grouping = "random"
     drop_last: bool = False
     seed: int = 0
@@ -51,11 +57,22 @@ class PlanSettings:
             raise ConfigError(
                 "give either step_samples or step_tokens (the size of an optimizer step), not both"
             )
-        if self.micro_samples is None and self.micro_tokens is None:
-            raise ConfigError("give micro_samples, micro_tokens or both (the size of a micro-batch)")
+        sized = self.micro_samples is not None or self.micro_tokens is not None
+        if sized == (self.pack_tokens is not None):
+            raise ConfigError(
+                "give micro_samples, micro_tokens or both (the size of a padded micro-batch), or else "
+                "pack_tokens (the length of a packed row)"
+            )
         if self.grouping not in ("random", "length", "modality_length"):
             raise ConfigError(f"grouping is {self.grouping!r}; it is 'random', 'length' or 'modality_length'")
-        for name in ("step_samples", "step_tokens", "micro_samples", "micro_tokens"):
+        for name in (
+            "step_samples",
+            "step_tokens",
+            "micro_samples",
+            "micro_tokens",
+            "pack_tokens",
+            "pad_to_multiple_of",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -63,7 +80,8 @@ class PlanSettings:
     @property
     def needs_lengths(self) -> bool:
         """Whether a plan can only be made when the lengths of rows are known."""
-        return self.step_tokens is not None or self.micro_tokens is not None or self.grouping != "random"
+        budgets = (self.step_tokens, self.micro_tokens, self.pack_tokens)
+        return any(budget is not None for budget in budgets) or self.grouping != "random"
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ class EpochPlan:
         rows: All rows, step after step, longest first within a step.
         bounds: Step s is ``rows[bounds[s]:bounds[s + 1]]``.
         lengths: Length of each data set row (ones when unknown).
+        num_images: Images of each data set row (zeros when unknown).
         settings: What it was made with.
         num_dropped: Rows that `drop_last` left out.
     """
@@ -81,6 +100,7 @@ class EpochPlan:
     rows: np.ndarray
     bounds: np.ndarray
     lengths: np.ndarray
+    num_images: np.ndarray
     settings: PlanSettings
     num_dropped: int
 
@@ -104,8 +124,16 @@ class EpochPlan:
         A negative number is a filler, for a rank without work: row ``row_of(number)``, of which no
         token is supervised; so the loss of a step is the same on any number of ranks.
         """
-        micros = _divide(self.step_rows(step), self.lengths, self.settings, world_size)
-        return micros[rank::world_size]
+        return self.micro_batches(step, world_size)[rank::world_size]
+
+    def micro_batches(self, step: int, world_size: int = 1) -> list[list[int]]:
+        """The micro-batches of a step for all ranks: rank r has numbers r, r + world_size, ..."""
+        rows = self.step_rows(step)
+        if self.settings.pack_tokens is None:
+            return _divide(rows, self.lengths, self.settings, world_size)
+        packed = pack(self.lengths[rows], self.num_images[rows], self.settings.pack_tokens, ranks=world_size)
+        filler = -int(rows[-1]) - 1
+        return [rows[row].tolist() if row else [filler] for row in packed]
 
     def steps(self, start: int = 0, *, rank: int = 0, world_size: int = 1) -> Iterator[list[list[int]]]:
         """The steps from `start` on."""
@@ -114,13 +142,82 @@ class EpochPlan:
 
     def padding(self, *, world_size: int = 1) -> float:
         """The share of padding in all micro-batches."""
-        padded = real = 0
-        for step in range(len(self)):
-            for micro in _divide(self.step_rows(step), self.lengths, self.settings, world_size):
-                sizes = self.lengths[[row_of(number) for number in micro]]
-                padded += int(sizes.max()) * len(micro)
-                real += int(sum(size for size, number in zip(sizes, micro, strict=True) if number >= 0))
-        return 1.0 - real / padded if padded else 0.0
+        return self.account(world_size=world_size).padding
+
+    def account(self, *, world_size: int = 1, steps: int | None = None) -> PlanAccount:
+        """What the plan costs.
+
+        Args:
+            world_size: The number of ranks.
+            steps: Look at so many steps only, evenly spread.
+        """
+        chosen = np.arange(len(self))
+        if steps is not None and steps < len(self):
+            chosen = np.linspace(0, len(self) - 1, steps).astype(int)
+        account = PlanAccount()
+        for step in chosen.tolist():
+            micros = self.micro_batches(step, world_size)
+            for start in range(0, len(micros), world_size):
+                account.add([self._size(micro) for micro in micros[start : start + world_size]])
+        return account
+
+    def _size(self, micro: list[int]) -> tuple[int, int, int]:
+        """Real tokens, positions with padding, and images of a micro-batch."""
+        sizes = self.lengths[[row_of(number) for number in micro]]
+        multiple = self.settings.pad_to_multiple_of
+        packed = self.settings.pack_tokens is not None
+        width = -(-int(sizes.sum() if packed else sizes.max()) // multiple) * multiple
+        real = [number for number in micro if number >= 0]
+        return (
+            int(self.lengths[real].sum()),
+            width * (1 if packed else len(micro)),
+            int(self.num_images[real].sum()),
+        )
+
+
+@dataclass
+class PlanAccount:
+    """What a plan costs, in positions.
+
+    Attributes:
+        micro_batches: Micro-batches of all ranks.
+        tokens: Real tokens.
+        positions: Tokens and padding.
+        slots: Positions if every rank had those of the fullest one at each micro-step: what the ranks wait for.
+        images: Images.
+        image_slots: Images if every rank had those of the rank with the most at each micro-step.
+    """
+
+    micro_batches: int = 0
+    tokens: int = 0
+    positions: int = 0
+    slots: int = 0
+    images: int = 0
+    image_slots: int = 0
+
+    def add(self, ranks: list[tuple[int, int, int]]) -> None:
+        """Count one micro-step: tokens, positions and images of each rank."""
+        self.micro_batches += len(ranks)
+        self.tokens += sum(tokens for tokens, _, _ in ranks)
+        self.positions += sum(positions for _, positions, _ in ranks)
+        self.slots += max(positions for _, positions, _ in ranks) * len(ranks)
+        self.images += sum(images for _, _, images in ranks)
+        self.image_slots += max(images for _, _, images in ranks) * len(ranks)
+
+    @property
+    def padding(self) -> float:
+        """Share of padding among all positions."""
+        return 1.0 - self.tokens / self.positions if self.positions else 0.0
+
+    @property
+    def idle(self) -> float:
+        """Share of the ranks' time that is lost to padding and to waiting for the fullest rank."""
+        return 1.0 - self.tokens / self.slots if self.slots else 0.0
+
+    @property
+    def image_idle(self) -> float:
+        """The same of the encoder's work."""
+        return 1.0 - self.images / self.image_slots if self.image_slots else 0.0
 
 
 def row_of(number: int) -> int:
@@ -134,7 +231,7 @@ def plan_epoch(
     epoch: int,
     *,
     lengths: np.ndarray | None = None,
-    has_image: np.ndarray | None = None,
+    num_images: np.ndarray | None = None,
 ) -> EpochPlan:
     """Make the plan of an epoch.
 
@@ -144,10 +241,12 @@ def plan_epoch(
         epoch: Its number; another number gives another order.
         lengths: Tokens of every data set row; rows of length 0 are left out. None: unknown, all taken as
             equal.
-        has_image: Whether each data set row has an image; needed for grouping "modality_length".
+        num_images: Images of every data set row; needed for grouping "modality_length", and to balance packed
+            rows.
 
     Raises:
-        ConfigError: Lengths are needed and missing, or a row is longer than `micro_tokens` or `step_tokens`.
+        ConfigError: Lengths are needed and missing, or a row is longer than `micro_tokens`, `pack_tokens` or
+            `step_tokens`.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if lengths is None:
@@ -156,32 +255,39 @@ def plan_epoch(
                 "token budgets and grouping by length need the lengths of the rows; compute them first"
             )
         lengths = np.ones(int(indices.max(initial=-1)) + 1, dtype=np.int64)
-    if settings.grouping == "modality_length" and has_image is None:
+    if settings.grouping == "modality_length" and num_images is None:
         raise ConfigError("grouping 'modality_length' needs to know which rows have images")
     lengths = np.asarray(lengths, dtype=np.int64)
     indices = indices[lengths[indices] > 0]
     _check_budget(indices, lengths, settings)
     generator = np.random.default_rng((settings.seed, epoch))
     shuffled = generator.permutation(indices)
-    whole, rest = _group(shuffled, lengths, has_image, settings)
+    whole, rest = _group(shuffled, lengths, num_images, settings)
     order = generator.permutation(len(whole))
     steps = [whole[i] for i in order]
     steps += [] if settings.drop_last else rest
     dropped = len(indices) - sum(len(step) for step in steps)
     steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
     if steps:  # out of memory shows in the first step, not after hours
-        worst = max(
-            range(len(steps)), key=lambda s: (int(lengths[steps[s][0]]), int(lengths[steps[s]].sum()))
-        )
+        worst = max(range(len(steps)), key=lambda s: _memory(lengths[steps[s]], settings))
         steps.insert(0, steps.pop(worst))
     bounds = np.cumsum([0, *(len(step) for step in steps)]).astype(np.int64)
     rows = np.concatenate(steps) if steps else np.empty(0, dtype=np.int64)
-    return EpochPlan(rows, bounds, lengths, settings, dropped)
+    images = np.zeros(len(lengths), dtype=np.int64) if num_images is None else np.asarray(num_images)
+    return EpochPlan(rows, bounds, lengths, images.astype(np.int64), settings, dropped)
+
+
+def _memory(lengths: np.ndarray, settings: PlanSettings) -> tuple[float, int]:
+    """What steps are compared by for their need of memory: the longest row, then all tokens."""
+    total = int(lengths.sum())
+    if settings.pack_tokens is None:
+        return float(lengths[0]), total
+    return total / -(-total // settings.pack_tokens), total
 
 
 def _check_budget(indices: np.ndarray, lengths: np.ndarray, settings: PlanSettings) -> None:
     longest = int(lengths[indices].max(initial=0))
-    for name in ("micro_tokens", "step_tokens"):
+    for name in ("micro_tokens", "pack_tokens", "step_tokens"):
         budget = getattr(settings, name)
         if budget is not None and longest > budget:
             raise ConfigError(
@@ -190,13 +296,13 @@ def _check_budget(indices: np.ndarray, lengths: np.ndarray, settings: PlanSettin
 
 
 def _group(
-    shuffled: np.ndarray, lengths: np.ndarray, has_image: np.ndarray | None, settings: PlanSettings
+    shuffled: np.ndarray, lengths: np.ndarray, num_images: np.ndarray | None, settings: PlanSettings
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Full steps, and the smaller step (or none) that takes what is left over."""
     if settings.grouping == "random":
         return _cut(shuffled, lengths, settings)
-    if settings.grouping == "modality_length" and has_image is not None:
-        flags = has_image[shuffled]
+    if settings.grouping == "modality_length" and num_images is not None:
+        flags = np.asarray(num_images)[shuffled] > 0
         groups = [shuffled[flags], shuffled[~flags]]
     else:
         groups = [shuffled]

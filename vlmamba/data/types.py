@@ -122,6 +122,23 @@ class RowError(DataError):
         return type(self), (self.reason, self.where, self.id, self.kind)
 
 
+EVENTS = (
+    "image_without_token",
+    "token_without_image",
+    "escaped_literal_image",
+    "leading_gpt_dropped",
+    "trailing_human_dropped",
+    "consecutive_turns_merged",
+    "empty_answer",
+    "invalid_unicode",
+    "image_suffix_replaced",
+    "truncated",
+    "turns_dropped",
+    "replaced",
+)
+"""Every repair that is counted: while reading a row (`vlmamba.data.conversation`), opening its pictures, fitting it
+to the maximum length, and standing in for a row that cannot be used."""
+
 Item = dict[str, Any]
 """One element of a dataset: see `vlmamba.data.dataset.VLDataset.__getitem__`."""
 

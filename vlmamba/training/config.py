@@ -49,6 +49,9 @@ class DataConfig(Config):
     """Whether `<image>` stays where it stands in its turn or moves to the front of it."""
     order: Literal["random", "length", "modality_length"] = "random"
     """Batches at random, of similar length, or of similar length and with or without images."""
+    pack_length: int | None = None
+    """Pack samples one after another into rows of at most so many tokens, a multiple of 64, instead of padding
+    them; a micro-batch is then one row. none: no packing."""
     num_workers: int = 4
     """Processes that read and decode; 0 reads in the training process."""
     max_bad_fraction: float = 0.001
@@ -59,6 +62,12 @@ class DataConfig(Config):
             raise ConfigError("data.sources: no source given.")
         if self.max_length < 1:
             raise ConfigError(f"data.max_length must be positive, got {self.max_length}.")
+        if self.pack_length is not None and (self.pack_length % 64 or self.pack_length < self.max_length):
+            fitting = max(-(-max(self.pack_length, self.max_length) // 64) * 64, 64)
+            raise ConfigError(
+                f"data.pack_length {self.pack_length} must be a multiple of 64 and hold the longest sample "
+                f"(data.max_length {self.max_length}); {fitting} does."
+            )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers must not be negative, got {self.num_workers}.")
         if not 0.0 <= self.max_bad_fraction <= 1.0:
@@ -71,9 +80,9 @@ class BatchConfig(Config):
     global_batch_size: int
     """Samples per optimizer step, over all processes."""
     micro_batch_size: int | None = None
-    """Samples per forward pass of one process."""
+    """Samples per forward pass of one process; has no say when data.pack_length is set."""
     tokens_per_micro_batch: int | None = None
-    """Or: tokens per forward pass, padding included."""
+    """Or: tokens per forward pass, padding included; has no say when data.pack_length is set."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
@@ -153,6 +162,22 @@ class ScheduleConfig(Config):
             raise ConfigError(f"schedule.min_lr_ratio is a share from 0 to 1, got {self.min_lr_ratio}.")
 
 
+class ShardingConfig(Config):
+    """How parameters are spread over processes under parallel fsdp2, and offloaded under zero2 and zero3."""
+
+    shard: Literal["grads", "full"] = "grads"
+    """grads: a block's weights stay gathered from its forward to its backward. full: they are gathered twice,
+    which saves their memory in between."""
+    hybrid: bool = False
+    """Cut within a host and replicate over hosts, when the network between them is slow."""
+    shard_frozen: bool = False
+    """Cut frozen parts too, instead of holding them whole in every process."""
+    cpu_offload: bool = False
+    """Keep masters and optimizer states in the memory of the host."""
+    deepspeed: str | None = None
+    """DeepSpeed's JSON file for zero2 and zero3; none: train/deepspeed/zero2.json or zero3.json."""
+
+
 class TrainConfig(Config):
     """One run of one stage."""
 
@@ -180,20 +205,35 @@ class TrainConfig(Config):
     """bf16: autocast, frozen parts held in bf16, trained parts in fp32. fp32: everything in fp32."""
     gradient_checkpointing: bool = False
     """Recompute the language model's activations in the backward pass."""
+    checkpoint_every_nth: int = 1
+    """With gradient_checkpointing: recompute every so manieth block only; 1 is all of them."""
+    compile: tuple[str, ...] = ()
+    """Parts that torch.compile makes faster, on a GPU: vision_tower, multi_modal_projector."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm; none: no clipping."""
     seed: int = 42
     """Of initialisation, order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    parallel: str = "single"
-    """How several processes work together; single is one process."""
+    parallel: str = "auto"
+    """How several processes work together: ddp, fsdp2, zero2, zero3; single is one process. auto: single when
+    one was started, else fsdp2."""
+    sharding: ShardingConfig = ShardingConfig()
+    """What fsdp2, zero2 and zero3 cut and where they keep it."""
     log_every: int = 1
     """Steps per log line."""
     save_every: int = 500
     """Steps per checkpoint; one is always written at the end. 0: at the end only."""
     keep_last: int = 2
     """Checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Besides them, keep those whose step is a multiple of this; 0: none."""
+    save_async: bool = False
+    """Go on training while a checkpoint is written; takes host memory for a copy of it."""
+    max_nonfinite_steps: int = 0
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
+    stall_seconds: float = 1800.0
+    """A step or checkpoint that takes longer is taken for hung: stacks are written down, the run ends. 0: off."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Besides log.jsonl: tensorboard, wandb, trackio. The last two send data to their services."""
 
@@ -213,6 +253,17 @@ class TrainConfig(Config):
         if self.save_every < 0 or self.keep_last < 0:
             raise ConfigError(
                 f"save_every and keep_last must not be negative, got {self.save_every} and {self.keep_last}."
+            )
+        for name in ("keep_every", "max_nonfinite_steps", "stall_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.checkpoint_every_nth < 1:
+            raise ConfigError(f"checkpoint_every_nth must be positive, got {self.checkpoint_every_nth}.")
+        unknown = sorted(set(self.compile) - {"vision_tower", "multi_modal_projector"})
+        if unknown:
+            raise ConfigError(
+                f"compile: {unknown[0]!r} cannot be compiled; vision_tower and multi_modal_projector can. "
+                "The language model's scan is a kernel already."
             )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ConfigError(f"grad_clip must be positive, or none for no clipping, got {self.grad_clip}.")

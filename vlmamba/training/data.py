@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.data import (
+    PACK_MULTIPLE,
     Loader,
     Mixture,
     PlanSettings,
@@ -111,6 +112,14 @@ def plan_settings(config: TrainConfig, world_size: int) -> PlanSettings:
         ConfigError: The global batch is not a multiple of processes x micro-batch.
     """
     batch = config.batch
+    if config.data.pack_length is not None:
+        return PlanSettings(
+            step_samples=batch.global_batch_size,
+            pack_tokens=config.data.pack_length,
+            pad_to_multiple_of=PACK_MULTIPLE,
+            grouping=config.data.order,
+            seed=config.seed,
+        )
     if batch.micro_batch_size is not None and batch.global_batch_size % (batch.micro_batch_size * world_size):
         raise ConfigError(
             f"batch.global_batch_size {batch.global_batch_size} is not a multiple of "

@@ -77,11 +77,12 @@ def _data_section(config: TrainConfig) -> str:
         weight = f", weight {source.weight:g}: {weighted:,} an epoch" if source.weight != 1 else ""
         lines.append(f"  {name}: {count:,} rows{origin}{weight}")
     batch = config.batch
-    micro = (
-        f"micro-batches of {batch.micro_batch_size}"
-        if batch.micro_batch_size is not None
-        else f"micro-batches of {batch.tokens_per_micro_batch:,} tokens"
-    )
+    if config.data.pack_length is not None:
+        micro = f"packed rows of up to {config.data.pack_length:,} tokens"
+    elif batch.micro_batch_size is not None:
+        micro = f"micro-batches of {batch.micro_batch_size}"
+    else:
+        micro = f"micro-batches of {batch.tokens_per_micro_batch:,} tokens"
     order = f"order {config.data.order}, max_length {config.data.max_length}"
     lines.append(f"  batch {batch.global_batch_size} in {micro}, {order}")
     if not known:

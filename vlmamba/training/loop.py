@@ -170,6 +170,7 @@ def advance(run: Training, step: Step, loss: float, waited: float) -> None:
     window.samples += step.num_samples
     window.images += images
     window.data_wait += waited
+    window.events.update(step.events)
     samples, tokens, supervised = run.parallel.sum_counts(
         step.num_samples, step.num_tokens, step.num_supervised
     )

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmamba.data import EVENTS
 from vlmamba.errors import CheckpointError, MissingDependencyError, require
 from vlmamba.registry import Registry
 from vlmamba.training.parallel import Parallel
@@ -105,6 +107,7 @@ class Window:
     samples: int = 0
     images: int = 0
     data_wait: float = 0.0
+    events: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.perf_counter)
 
     def leave_out(self, seconds: float) -> None:
@@ -115,6 +118,7 @@ class Window:
         """Begin the next window."""
         self.loss_sum = self.data_wait = 0.0
         self.supervised = self.tokens = self.padding = self.samples = self.images = 0
+        self.events.clear()
         self.started = time.perf_counter()
 
     def line(self, parallel: Parallel, **values: Any) -> dict[str, Any]:
@@ -129,6 +133,7 @@ class Window:
             self.samples, self.supervised, self.tokens, self.padding, self.images
         )
         (loss_sum,) = parallel.sum_floats(self.loss_sum)
+        events = parallel.sum_counts(*(self.events[name] for name in EVENTS))
         mfu = None
         if self.flops is not None and self.peak is not None:
             done = self.flops.per_token * tokens + self.flops.per_image * images
@@ -144,6 +149,8 @@ class Window:
             "data_wait_pct": round(100 * self.data_wait / seconds, 1),
             "padding_pct": round(100 * padding / max(tokens + padding, 1), 2),
             "supervised_pct": round(100 * supervised / max(tokens, 1), 2),
+            "repaired": sum(events),
+            "repairs": {name: count for name, count in zip(EVENTS, events, strict=True) if count},
             "memory_gib": round(peak_memory_gib(parallel.device), 3),
             "seconds": round(seconds, 3),
         }
@@ -241,7 +248,7 @@ class _TrackerLogger(MetricLogger):
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send every number."""
-        numbers = {f"train/{k}": v for k, v in line.items() if k != "step" and v is not None}
+        numbers = {f"train/{k}": v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
         self._tracker.log(numbers, step=line["step"])
 
     def close(self) -> None:
