@@ -23,7 +23,7 @@ from vlmamba.ssm.conv import causal_conv1d, conv_state_at
 from vlmamba.ssm.ops import selective_scan, selective_state_update
 from vlmamba.ssm.state import MambaLayerState
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
@@ -72,8 +72,8 @@ class MambaMixer(nn.Module):
         time_step_init_scheme: str = "random",
     ) -> None:
         super().__init__()
-        if hidden_act not in _ACTIVATIONS:
-            known = sorted(_ACTIVATIONS)
+        if hidden_act not in ACTIVATIONS:
+            known = sorted(ACTIVATIONS)
             raise ConfigError(
                 f"hidden_act is {hidden_act!r}.{close_matches(hidden_act, known)} Known: {', '.join(known)}."
             )
@@ -185,7 +185,7 @@ class MambaMixer(nn.Module):
         scanned = selective_scan(
             inner,
             dt,
-            self._decay(),
+            self.decay(),
             B,
             C,
             self.D,
@@ -215,11 +215,11 @@ class MambaMixer(nn.Module):
         inner = torch.einsum("bke,ek->be", window.float(), weight)
         if self.conv1d.bias is not None:
             inner = inner + self.conv1d.bias.float()
-        inner = _ACTIVATIONS[self.hidden_act](inner).to(x.dtype)
+        inner = ACTIVATIONS[self.hidden_act](inner).to(x.dtype)
         with torch.no_grad():
             state.conv.copy_(window[:, 1:])
         dt, B, C = self._time_step_and_matrices(inner)
-        return selective_state_update(state.ssm, inner, dt, self._decay(), B, C, self.D, gate)
+        return selective_state_update(state.ssm, inner, dt, self.decay(), B, C, self.D, gate)
 
     def _convolve(
         self, x: Tensor, *, seq_idx: Tensor | None, initial_state: Tensor | None, reverse: bool
@@ -235,7 +235,7 @@ class MambaMixer(nn.Module):
             reverse=reverse,
         )
         assert isinstance(inner, Tensor)
-        return inner if fused else _ACTIVATIONS[self.hidden_act](inner)
+        return inner if fused else ACTIVATIONS[self.hidden_act](inner)
 
     def _time_step_and_matrices(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw time steps, bias included, (..., E), and B and C (..., N)."""
@@ -243,7 +243,8 @@ class MambaMixer(nn.Module):
         rank, B, C = projected.split([self.time_step_rank, self.state_size, self.state_size], dim=-1)
         return self.dt_proj(rank).to(inner.dtype), B, C
 
-    def _decay(self) -> Tensor:
+    def decay(self) -> Tensor:
+        """A, (E, N), fp32 (fp64 in an fp64 layer)."""
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
     def _last_positions(self, x: Tensor, reverse: bool) -> Tensor:

@@ -114,6 +114,13 @@ class MambaState:
             layer.conv = layer.conv.repeat_interleave(repeats, dim=0)
             layer.ssm = layer.ssm.repeat_interleave(repeats, dim=0)
 
+    def copy_(self, other: MambaState) -> None:
+        """Take over another state's values, in place."""
+        self.seen_tokens = other.seen_tokens
+        for own, given in zip(self.layers, other.layers, strict=True):
+            own.conv.copy_(given.conv)
+            own.ssm.copy_(given.ssm)
+
     def reset(self) -> None:
         """Forget everything, in place."""
         self.seen_tokens = 0
