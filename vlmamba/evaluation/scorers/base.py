@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 Z95 = 1.959963984540054
@@ -14,22 +15,31 @@ class Score(NamedTuple):
 
     Attributes:
         metrics: JSON-able; ``metrics["overall"]`` and each of ``metrics["categories"].values()`` are made by
-            `rate`.
-        correct: One verdict for each question, in the order given.
-        unparsable: Answers from which no answer could be read; they count as wrong.
+            `rate`. Benchmark scorers add ``"headline"`` (the figure papers print: name, value, unit),
+            ``"official"`` (what the official script prints, on its scale and with its rounding),
+            ``"missing"`` (questions without an answer) and tables of their own.
+        correct: One verdict for each question, in the order given: true or false, or a credit in 0..1 where
+            the benchmark gives partial credit.
+        unparsable: Answers from which no answer could be read.
+        parsed: What each answer was read as, None where nothing was; empty when the scorer reads nothing.
+        groups: Questions with the same value are resampled together (the two questions on a picture of MME,
+            the rotations of a question of MMBench); empty when every question stands alone.
     """
 
     metrics: dict[str, Any]
-    correct: list[bool]
+    correct: Sequence[float]
     unparsable: int
+    parsed: Sequence[str | None] = ()
+    groups: Sequence[Hashable] = ()
 
 
-def rate(correct: int, total: int) -> dict[str, Any]:
+def rate(correct: float, total: int) -> dict[str, Any]:
     """A share with its 95 % interval: ``{"accuracy", "correct", "total", "low", "high"}``.
 
-    Shares lie in 0..1; of nothing they are None.
+    Shares lie in 0..1; of nothing they are None. `correct` may be a sum of partial credits: credits vary less
+    than right and wrong with the same mean, so the interval is then on the wide side.
     """
-    low, high = wilson_interval(correct, total) if total else (None, None)
+    low, high = wilson_interval(min(correct, total), total) if total else (None, None)
     return {
         "accuracy": correct / total if total else None,
         "correct": correct,
@@ -39,11 +49,38 @@ def rate(correct: int, total: int) -> dict[str, Any]:
     }
 
 
-def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
+def add(values: Iterable[float]) -> float:
+    """Sum from left to right, rounding at each step.
+
+    Official scripts add so. Python's own ``sum`` compensates from 3.12 on, and then differs in the last digit.
+    """
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def rates(correct: Sequence[float], names: Sequence[Hashable]) -> dict[str, dict[str, Any]]:
+    """`rate` of each kind, names in alphabetical order; numbers count as names and sort by value."""
+    kinds: dict[Any, list[float]] = {}
+    for credit, name in zip(correct, names, strict=True):
+        kinds.setdefault(name, []).append(credit)
+    numbers = all(isinstance(name, int) for name in kinds)
+    order = sorted(kinds) if numbers else sorted(kinds, key=str)
+    return {str(name): rate(_count(kinds[name]), len(kinds[name])) for name in order}
+
+
+def _count(credits_: Sequence[float]) -> float:
+    if all(isinstance(c, bool) for c in credits_):
+        return sum(credits_)
+    return add(credits_)
+
+
+def wilson_interval(correct: float, total: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval for a binomial share (E. B. Wilson, JASA 22, 1927, 209-212).
 
     Args:
-        correct: Successes.
+        correct: Successes; a fraction where credit is partial.
         total: Trials, at least one.
         z: Normal quantile; the default gives a 95 % interval.
 
