@@ -1,34 +1,57 @@
 """Tasks: samples, a prompt and a scorer. One Python file a benchmark, loaded by path.
 
-``eval/playground.py`` defines ``task(annotations=..., images=...) -> Task`` and is asked for as
-``playground``; a file that offers variants has further such functions, asked for as ``name:function``.
+``eval/textvqa.py`` defines ``task(annotations=..., images=...) -> Task`` and is asked for as ``textvqa``. Its
+variants are further such functions whose names begin with the file's, as ``textvqa_ocr``, and are asked for by
+these names; any public function of a file can be asked for as ``path/to/file.py:function``.
 Nothing here imports torch: tasks are read and answers scored without a model.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
 from vlmamba.config import list_recipes, load_python_file
 from vlmamba.errors import ConfigError, DataError, MissingFileError
+from vlmamba.evaluation.records import Record
 from vlmamba.evaluation.scorers import Score, exact_match
 from vlmamba.registry import close_matches
 
 if TYPE_CHECKING:
     from PIL import Image
 
-ImageRef = Union[Path, bytes, "Image.Image"]
-"""A picture as a task names it: a file, the bytes of a file, or a picture already open."""
 IMAGE_TOKEN = "<image>"
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture inside a data file (a TSV, a parquet file): read when it is needed.
+
+    Attributes:
+        name: Tells it from other pictures of the task; two with the same name are the same picture.
+        read: Returns the bytes of its file.
+    """
+
+    name: str
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+
+
+ImageRef = Union[Path, bytes, StoredImage, "Image.Image"]
+"""A picture as a task names it: a file, the bytes of a file, one inside a data file, or one already open."""
+
+
+def fetch_image(image: ImageRef) -> Path | bytes | Image.Image:
+    """A picture in a form that `vlmamba.data.images.open_image` takes."""
+    return image.read() if isinstance(image, StoredImage) else image
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,9 @@ class Sample:
         answer: What the scorer compares with: a text, or several accepted ones.
         category: Kind of question.
         metadata: What the scorer needs besides.
+        options: The candidate answers of a likelihood task, in order.
+        group: Questions with the same group are scored together (the rotations of a question of MMBench, the
+            two questions on a picture of MME); None: alone.
     """
 
     question_id: str | int
@@ -51,6 +77,8 @@ class Sample:
     answer: Any = None
     category: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    group: Hashable = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -58,8 +86,18 @@ class Sample:
         return str(self.question_id), self.text
 
 
+class Reference(NamedTuple):
+    """A published figure, in the unit of the task's headline."""
+
+    model: str
+    value: float
+    source: str
+
+
 Prompt = Callable[[Sample], list[dict[str, Any]]]
-Scorer = Callable[[Sequence[Sample], Sequence[str | None]], Score]
+Scorer = Callable[[Sequence[Sample], Sequence[Any]], Score]
+Submission = Callable[[Sequence[Sample], Sequence[Any], Path], Path]
+Reader = Callable[[Path, Sequence[Sample]], list[Record] | None]
 
 
 def image_first(sample: Sample) -> list[dict[str, Any]]:
@@ -98,12 +136,27 @@ class Task:
         name: For files and tables.
         samples: The questions, in their order.
         prompt: From a sample to messages; the chat template and image tokens are the processor's business.
-        score: From samples and predictions (None: not answered) to a `Score`.
+        score: From samples and what `reads` says of each answer (None: not answered) to a `Score`. Where
+            only a server knows the answers, `Score.correct` is empty and the headline's value None.
         max_new_tokens: Longest answer.
         description: One sentence for reports.
+        method: "generate": the answer is written by greedy decoding. "likelihood": it is that of
+            `Sample.options` with the largest log-probability after the prompt; its record has all of them in
+            ``metadata["scores"]``, in the order of the options.
+        normalised: Likelihood: the mean log-probability of a token instead of the sum.
+        reads: What `score` and `submission` are given of an answer: its "text", or the whole "record", for
+            scorers that want its ``metadata``.
+        submission: Writes the file that the benchmark's server wants and returns its path.
+        submission_suffix: Of that file's name; empty for a folder.
+        reader: Reads answers in the benchmark's own layouts; returns None for a file of another layout, which
+            is then read as LLaVA's JSON lines.
+        references: Published figures to show beside ours.
+        headline: The one figure to show where the scorer's metrics name none (``metrics["headline"]``): a
+            dotted path to a share in the metrics.
+        settings: What else a reader of the figure must know (variant of the prompt, release, split).
 
     Raises:
-        DataError: There is no question, or two have the same id and text.
+        DataError: There is no question, or two have the same id and text, or a likelihood task lacks options.
     """
 
     name: str
@@ -112,6 +165,15 @@ class Task:
     score: Scorer = score_exact_match
     max_new_tokens: int = 128
     description: str = ""
+    method: Literal["generate", "likelihood"] = "generate"
+    normalised: bool = False
+    reads: Literal["text", "record"] = "text"
+    submission: Submission | None = None
+    submission_suffix: str = ".json"
+    reader: Reader | None = None
+    references: tuple[Reference, ...] = ()
+    headline: str = "overall.accuracy"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the questions."""
@@ -124,33 +186,51 @@ class Task:
                 f"task {self.name!r} asks {len(double)} question(s) more than once (same id and text), such "
                 f"as {examples}"
             )
+        few = (
+            [s.question_id for s in self.samples if len(s.options) < 2] if self.method == "likelihood" else []
+        )
+        if few:
+            raise DataError(
+                f"task {self.name!r} is scored by likelihood, but {len(few)} question(s) have fewer than two "
+                f"options, such as {few[0]!r}"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes when a question, expected answer, category or picture's name does."""
         digest = hashlib.sha256()
         for s in self.samples:
-            names = [i.name if isinstance(i, Path) else "" for i in s.images]
-            row = [s.question_id, names, s.text, s.answer, s.category]
+            names = [i.name if isinstance(i, Path | StoredImage) else "" for i in s.images]
+            row = [s.question_id, names, s.text, s.answer, s.category, *s.options]
             digest.update(json.dumps(row, default=str).encode("utf-8", "backslashreplace"))
         return digest.hexdigest()[:16]
+
+
+def first_questions(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """The first so many questions, and those of the others that are scored together with one of them."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    groups = {s.group for s in samples[:limit] if s.group is not None}
+    return [s for at, s in enumerate(samples) if at < limit or s.group in groups]
 
 
 def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task:
     """Make a task from its file.
 
     Args:
-        spec: A name (``<folder>/name.py`` under the current directory) or a path to a file, with
-            ``:function`` where another than ``task`` is meant.
-        folder: Where tasks given by name live.
+        spec: A name or a path to a file. The name of a file in `folder` means its function ``task``; that of
+            a variant (``textvqa_ocr``) the function of this name in the file it begins with (``textvqa.py``).
+            ``:function`` after a name or path means this function.
+        folder: Where tasks given by name live, under the current directory.
         **options: Passed to the function; those that are None are left to its defaults.
 
     Raises:
         ConfigError: There is no such task, function or option; the message lists what there is.
         MissingFileError: A path was given and there is no such file.
     """
-    name, _, function_name = spec.rpartition(":") if ":" in spec else (spec, "", "task")
-    path = _resolve(name, Path(folder))
+    name, _, function_name = spec.rpartition(":") if ":" in spec else (spec, "", "")
+    path, default = _resolve(name, Path(folder))
+    function_name = function_name or default
     functions = _task_functions(load_python_file(path, "task"))
     if function_name not in functions:
         raise ConfigError(
@@ -175,25 +255,40 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
 
 
 def task_names(folder: str | Path = "eval") -> list[str]:
-    """Names of the task files in a folder."""
-    return list_recipes(folder)
+    """Names of the tasks in a folder, variants after the file they are in. No file is run for this."""
+    return [name for file in list_recipes(folder) for name in (file, *_variants(Path(folder) / f"{file}.py"))]
 
 
-def _resolve(name: str, folder: Path) -> Path:
+def _variants(path: Path) -> list[str]:
+    """Public functions of a task file whose names begin with the file's."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError:
+        return []
+    return [
+        n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith(f"{path.stem}_")
+    ]
+
+
+def _resolve(name: str, folder: Path) -> tuple[Path, str]:
+    """File and function of a task's name."""
     path = Path(name)
     if path.suffix == ".py" or len(path.parts) > 1:
         if not path.is_file():
             raise MissingFileError(f"there is no task file {path} (looked in {Path.cwd()}).")
-        return path
+        return path, "task"
+    files = list_recipes(folder)
+    if name in files:
+        return folder / f"{name}.py", "task"
+    for file in sorted(files, key=len, reverse=True):
+        if name.startswith(f"{file}_") and name in _variants(folder / f"{file}.py"):
+            return folder / f"{file}.py", name
     found = task_names(folder)
-    if name not in found:
-        where = f"{folder}/ under {Path.cwd()}"
-        listing = f"Found in {where}: {', '.join(found)}." if found else f"There is no task in {where}."
-        raise ConfigError(
-            f"unknown task {name!r}.{close_matches(name, found)} {listing} A path such as my/benchmark.py "
-            "works too."
-        )
-    return folder / f"{name}.py"
+    where = f"{folder}/ under {Path.cwd()}"
+    listing = f"Found in {where}: {', '.join(found)}." if found else f"There is no task in {where}."
+    raise ConfigError(
+        f"unknown task {name!r}.{close_matches(name, found)} {listing} A path such as my/benchmark.py works too."
+    )
 
 
 def _task_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
