@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -95,3 +96,27 @@ def check_style(style: str, known: Sequence[str]) -> None:
 def place(ids: Sequence[Hashable] | None, index: int) -> str:
     """How a message names a question."""
     return f"item {index + 1}" if ids is None else f"question {ids[index]!r}"
+
+
+def check_numbers(
+    name: str,
+    values: Sequence[Any],
+    ids: Sequence[Hashable] | None = None,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> None:
+    """Values must be finite numbers within bounds, or None where there is none.
+
+    Raises:
+        DataError: One is not.
+    """
+    for index, value in enumerate(values):
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+            bounds = f" from {low:g} to {high:g}" if math.isfinite(low) else ""
+            raise DataError(
+                f"the {name} of {place(ids, index)} is {value!r}: give a finite number{bounds}, or None where "
+                "there is none"
+            )
