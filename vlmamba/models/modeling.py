@@ -188,7 +188,12 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ShapeError("give either input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.embed(input_ids, pixel_values)
+            # A decoding step has no image; looking for placeholders would make the host wait for the GPU.
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            plain = pixel_values is None and past > 0 and input_ids.shape[1] == 1 and not self.training
+            inputs_embeds = (
+                self.get_input_embeddings()(input_ids) if plain else self.embed(input_ids, pixel_values)
+            )
         elif pixel_values is not None:
             raise ShapeError("pixel_values need input_ids, which say where the visual tokens go")
         hidden, cache = run_language_model(
@@ -219,9 +224,13 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """One step's inputs for `generate`: images go in with the prompt, once."""
+        """One step's inputs for `generate`: images go in with the prompt, once.
+
+        `cuda_graphs` is an argument of `generate`, read where the cache is made (`models/language/decode.py`).
+        """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

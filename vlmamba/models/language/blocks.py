@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlmamba.models.language.decode import GraphPool
 from vlmamba.ssm.mixer import MambaMixer
 
 if TYPE_CHECKING:
@@ -91,6 +92,11 @@ class MambaBackbone(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.graphs = GraphPool()
+
+    def blocks(self) -> list[MambaBlock]:
+        """The blocks, first to last."""
+        return [block for block in self.layers if isinstance(block, MambaBlock)]
 
     def forward(
         self,

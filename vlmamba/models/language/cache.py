@@ -13,16 +13,20 @@ without an earlier state, and every row sees the very same chunks of the scan as
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from vlmamba.errors import ShapeError
+from vlmamba.models.language.decode import DecodeStep, GraphedStep, steppable
 from vlmamba.ssm.state import MambaState
 
 if TYPE_CHECKING:
     from transformers import MambaConfig
+
+    from vlmamba.models.language.blocks import MambaBackbone
 
 
 class MambaCache:
@@ -30,14 +34,19 @@ class MambaCache:
 
     Created empty; the first forward pass allocates it for its batch size, device and dtype. The `state` is
     None until then.
+
+    Args:
+        cuda_graphs: Record the decoding step as a CUDA graph and replay it (`vlmamba.models.language.decode`).
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, cuda_graphs: bool = False) -> None:
         self.state: MambaState | None = None
+        self.cuda_graphs = cuda_graphs
         self._columns = 0
+        self._step: DecodeStep | GraphedStep | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of columns seen (padding included), the same for all layers."""
@@ -75,6 +84,32 @@ class MambaCache:
             )
         return self.state
 
+    def decode(self, backbone: MambaBackbone, hidden: torch.Tensor) -> torch.Tensor | None:
+        """One token a row through all blocks, in place, without gradients.
+
+        Args:
+            backbone: The blocks whose states these are.
+            hidden: (B, D) embedded tokens.
+
+        Returns:
+            (B, D) normed hidden states; None, with nothing done, where somebody hooked into the blocks, so that
+            they have to be called as modules.
+
+        Raises:
+            ConfigError: `cuda_graphs` is set and cannot be had.
+        """
+        assert self.state is not None
+        if self._step is None or not self._step.serves(self.state):
+            if self.cuda_graphs:
+                self._step, give_back = backbone.graphs.take(backbone, self.state)
+                self.state = self._step.state
+                weakref.finalize(self, give_back)
+            elif steppable(backbone):
+                self._step = DecodeStep(backbone, self.state)
+            else:
+                return None
+        return self._step(hidden)
+
     def advance(self, columns: int) -> None:
         """Count columns that have been run through the model."""
         self._columns += columns
@@ -96,7 +131,7 @@ class MambaCache:
 
     def clone(self) -> MambaCache:
         """An independent copy, e.g. of a prompt that many continuations share."""
-        copy = MambaCache()
+        copy = MambaCache(cuda_graphs=self.cuda_graphs)
         copy.state = None if self.state is None else self.state.clone()
         copy._columns = self._columns
         return copy

@@ -126,6 +126,11 @@ def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, An
     """See `families.prepare_generation_cache`."""
     from transformers import DynamicCache
 
+    if model_kwargs.pop("cuda_graphs", False):
+        raise ConfigError(
+            f"cuda_graphs=True is for Mamba, whose states have a fixed size; {model.config.model_type} is decoded "
+            "by transformers: pass cache_implementation='static' to generate instead"
+        )
     if generation_config.use_cache is False:
         return
     if model_kwargs.get("past_key_values") is None:

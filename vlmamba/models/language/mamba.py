@@ -20,7 +20,7 @@ from transformers import GenerationMixin, MambaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlmamba.errors import ShapeError
+from vlmamba.errors import ConfigError, ShapeError
 from vlmamba.models.language.blocks import MambaBackbone, RMSNorm
 from vlmamba.models.language.cache import MambaCache, RealFirst, keep_rows_without_tokens
 from vlmamba.models.language.families import LanguageFamily
@@ -160,6 +160,12 @@ class MambaLM(PreTrainedModel, GenerationMixin):
             state = cache.start(self.config, batch, dtype=dtype, device=inputs_embeds.device)
             if moved is not None and cache.get_seq_length() > 0:
                 before = state.clone()
+            plain = moved is None and not output_hidden_states and not torch.is_grad_enabled()
+            if length == 1 and plain:
+                hidden = cache.decode(self.backbone, inputs_embeds[:, 0])
+                if hidden is not None:
+                    cache.advance(1)
+                    return hidden.unsqueeze(1), None
         hidden, collected = self.backbone(
             inputs_embeds,
             seq_idx=seq_idx,
@@ -278,9 +284,12 @@ class MambaLM(PreTrainedModel, GenerationMixin):
         seq_idx: torch.Tensor | None = None,
         use_cache: bool | None = None,
         is_first_iteration: bool | None = False,
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """One step's inputs for `generate`: the mask matters at the prompt only.
+
+        `cuda_graphs` is an argument of `generate`, read where the cache is made.
 
         Raises:
             ShapeError: `seq_idx` was given; the samples of a packed row cannot be continued.
@@ -310,16 +319,25 @@ class MambaLM(PreTrainedModel, GenerationMixin):
 
 
 def prepare_mamba_cache(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """Give `generate` a `MambaCache` under `past_key_values`, unless it has one or wants none."""
+    """Give `generate` a `MambaCache` under `past_key_values`, unless it has one or wants none.
+
+    Raises:
+        ConfigError: `cuda_graphs` without a cache.
+    """
+    cuda_graphs = bool(model_kwargs.pop("cuda_graphs", False))
+    if cuda_graphs and generation_config.use_cache is False:
+        raise ConfigError("cuda_graphs=True records steps on a cache; leave use_cache on")
     given = model_kwargs.pop("cache_params", None)
     if model_kwargs.get("past_key_values") is None and given is not None:
         model_kwargs["past_key_values"] = given
     if generation_config.use_cache is False:
         return
     if model_kwargs.get("past_key_values") is None:
-        model_kwargs["past_key_values"] = MambaCache()
+        model_kwargs["past_key_values"] = MambaCache(cuda_graphs=cuda_graphs)
     else:
-        model_kwargs["past_key_values"]._is_user_defined = True
+        cache = model_kwargs["past_key_values"]
+        cache._is_user_defined = True
+        cache.cuda_graphs = cuda_graphs or cache.cuda_graphs
 
 
 def build(config: MambaConfig) -> MambaLM:
