@@ -79,7 +79,7 @@ def pick_answers(
     verdicts = task.score(samples, texts).correct
     groups: dict[str, dict[bool, list[tuple[Sample, str]]]] = defaultdict(lambda: {True: [], False: []})
     for sample, text, ok in zip(samples, texts, verdicts, strict=True):
-        groups[sample.category][ok].append((sample, text))
+        groups[sample.category][ok >= 0.5].append((sample, text))  # partial credit: mostly right
     rng, chosen = random.Random(seed), []
     for category in sorted(groups):
         bad, good = groups[category][False], groups[category][True]
