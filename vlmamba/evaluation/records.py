@@ -3,13 +3,17 @@
 A line is ``{"question_id", "prompt", "text", "model_id", "metadata"}``; ``prompt`` is the question without
 image tokens or chat template. A line is filed under (question_id, prompt). A process killed while writing
 leaves at most a cut last line, which readers skip and the writer removes.
+
+Several processes write a file each (``NAME.part0.jsonl``, ...) beside ``NAME.jsonl``; `merge_parts` joins them.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +40,93 @@ def read_records(path: str | Path) -> list[Record]:
     if not file.is_file():
         raise MissingFileError(f"there is no predictions file {file}.")
     return [record for record, _ in _scan(file)]
+
+
+def part_path(path: Path, rank: int) -> Path:
+    """The file of one of several processes."""
+    return path.with_name(f"{path.stem}.part{rank}{path.suffix}")
+
+
+def part_paths(path: Path) -> list[Path]:
+    """The files of processes that are there."""
+    parts = (p for p in path.parent.glob(f"{glob.escape(path.stem)}.part*{glob.escape(path.suffix)}"))
+    return sorted(p for p in parts if p.stem.removeprefix(f"{path.stem}.part").isdecimal())
+
+
+def merge_parts(path: Path, order: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Record]:
+    """Join an answer file and the files of processes beside it, and put the answers in order.
+
+    The whole is written under another name and renamed; nothing is lost whenever the process is killed.
+
+    Args:
+        path: The answer file, which need not exist.
+        order: Keys in the order wanted; answers to other questions come last.
+
+    Returns:
+        The answers by key.
+
+    Raises:
+        DataError: A question has two different answers, or a line before a file's last is no answer.
+    """
+    parts = part_paths(path)
+    before = list(_scan(path)) if path.is_file() else []
+    records: dict[tuple[str, str], Record] = {}
+    for record in [*(r for r, _ in before), *(r for part in parts for r, _ in _scan(part))]:
+        first = records.setdefault(record_key(record), record)
+        if first["text"] != record["text"]:
+            raise DataError(
+                f"{path} and the files of processes beside it answer question {record['question_id']!r} "
+                f"twice, with {first['text']!r} and {record['text']!r}. Delete the file that does not belong"
+            )
+    place = {key: at for at, key in enumerate(order)}
+    keys = sorted(records, key=lambda key: place.get(key, len(place)))
+    if parts or keys != [record_key(r) for r, _ in before]:
+        _replace(path, "".join(_line(records[key]) for key in keys))
+    for part in parts:
+        part.unlink()
+    return records
+
+
+def remove_answers(path: Path) -> None:
+    """Forget the answers: the file and those of processes beside it."""
+    for file in [path, *part_paths(path)]:
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_answers(path: Path) -> Iterator[None]:
+    """Hold an answer file for one evaluation; the system lets go of it when the process dies.
+
+    Raises:
+        DataError: Another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another evaluation is writing {path}: wait for it, or choose another output"
+            ) from None
+        yield
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(dict(record), ensure_ascii=True) + "\n"
 
 
 def _scan(file: Path) -> Iterator[tuple[Record, int]]:
@@ -99,8 +190,7 @@ class RecordFile:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write lines; when this returns they are on the disk."""
-        lines = "".join(json.dumps(dict(record), ensure_ascii=True) + "\n" for record in records)
-        self._file.write(lines.encode("ascii"))
+        self._file.write("".join(map(_line, records)).encode("ascii"))
         self._file.flush()
         os.fsync(self._file.fileno())
 

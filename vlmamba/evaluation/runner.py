@@ -1,45 +1,69 @@
-"""Asking a model the questions of a task: batched greedy generation whose answers do not depend on the batch.
+"""Asking a model the questions of a task, in batches that do not change its answers.
 
-Answers are appended to a file as they come; what is already there is not asked again.
-
-Shapes: B rows of a batch, L length of the longest prompt, n pictures of the batch, C channels, S image size,
-T new tokens.
+Answers are appended to a file as they come; what is already there is not asked again. Several processes share
+the questions, write a file each, and the first merges and scores.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import hashlib
 import json
+import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 
-from vlmamba.data.images import find_image, open_image
+from vlmamba.data.images import find_image
 from vlmamba.errors import ConfigError, DataError, ImageError
-from vlmamba.evaluation.records import Record, RecordFile, record_key
+from vlmamba.evaluation.generation import (
+    Question,
+    Reply,
+    converse,
+    encode_question,
+    generate_answers,
+    image_first,
+)
+from vlmamba.evaluation.likelihood import OptionScore, encode_options, score_options
+from vlmamba.evaluation.ranks import Ranks
+from vlmamba.evaluation.records import (
+    Record,
+    RecordFile,
+    lock_answers,
+    merge_parts,
+    part_path,
+)
 from vlmamba.evaluation.scoring import score_records
 from vlmamba.evaluation.shuffle import shuffle_images as deal_images
-from vlmamba.evaluation.task import Sample, Task, image_first
+from vlmamba.evaluation.task import Sample, Task, first_questions
+
+__all__ = [
+    "Question",
+    "Reply",
+    "check_images",
+    "converse",
+    "encode_question",
+    "evaluate",
+    "generate_answers",
+    "image_first",
+    "model_fingerprint",
+]
+
+log = logging.getLogger(__name__)
 
 WINDOW = 16
 """Batches that are sorted by length together, so that rows of a batch need little padding."""
+AUTO_BATCH = {"cuda": 128, "cpu": 32}
+"""What "auto" begins with."""
 
-
-class Reply(NamedTuple):
-    """One generated answer."""
-
-    text: str
-    tokens: int
-    """New tokens, the end-of-text token included."""
-    cut: bool
-    """Whether the limit on new tokens ended it."""
+Answers = dict[tuple[str, str], Record]
 
 
 def evaluate(
@@ -47,10 +71,12 @@ def evaluate(
     processor: Any,
     task: Task,
     output: str | Path,
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = 32,
     limit: int | None = None,
     shuffle_images: bool = False,
     progress: bool = True,
+    *,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Ask every question of a task and score the answers.
 
@@ -59,125 +85,197 @@ def evaluate(
         processor: Its processor.
         task: The questions.
         output: The answer file; questions it already holds are not asked again.
-        batch_size: Questions at a time. Answers are the same for every size (in fp32).
-        limit: Only the first so many questions.
+        batch_size: Questions at a time; "auto" begins high and halves it when memory runs out. Answers are
+            the same for every size (in fp32).
+        limit: Only the first so many questions (and those that are scored together with one of them).
         shuffle_images: Give every question the pictures of another (see `vlmamba.evaluation.shuffle`).
         progress: Show a bar with the time left.
+        ranks: This process among those that share the questions; it alone when left out.
 
     Returns:
-        ``{"task", "metrics", "counts", "settings", "seconds"}``; counts are asked, answered, missing,
-        unparsable, cut (ended by the token limit) and resumed (found in the file).
+        The result of `vlmamba.evaluation.scoring.score_records` with "settings" and "seconds"; its counts
+        also say how many answers were found in the file (resumed). The same in all processes.
 
     Raises:
-        ConfigError: `batch_size` or `limit` is not positive.
+        ConfigError: `batch_size` or `limit` is not positive, or the batch does not fit into memory.
         ImageError: Pictures are missing; the message counts them and names the first.
-        DataError: The file holds answers given under other settings, or to other questions.
+        DataError: The file holds answers given under other settings, or to other questions, or another
+            evaluation is writing it.
     """
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-    samples = list(task.samples)
-    if shuffle_images:
-        samples = deal_images(samples)
-    samples = samples[:limit]
+    size = BatchSize(batch_size, model.device.type)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
+    samples = deal_images(list(task.samples)) if shuffle_images else list(task.samples)
+    samples = first_questions(samples, limit)
     check_images(samples)
-    settings = {
-        "task": task.name,
-        "data": task.fingerprint,
-        "model": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "decoding": "greedy",
-        "max_new_tokens": task.max_new_tokens,
-        "shuffle_images": shuffle_images,
-    }
-    run_id = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    started = time.perf_counter()
-    with RecordFile(output) as file:
-        done = _done(file, task, run_id)
+    identity = answer_settings(model, processor, task, shuffle_images=shuffle_images)
+    run_id = fingerprint(identity)
+    path, ranks, started = Path(output), ranks or Ranks(), time.perf_counter()
+    order = [sample.key for sample in task.samples]
+
+    def merge() -> Answers:
+        return check_answers(path, merge_parts(path, order), task, run_id)
+
+    with lock_answers(path if ranks.is_main else part_path(path, ranks.rank)):
+        done = ranks.on_main(merge)
         pending = [sample for sample in samples if sample.key not in done]
-        bar = progress_bar(len(samples), len(samples) - len(pending), task.name, enabled=progress)
-        try:
-            for batch in _batches(processor, task, pending, batch_size):
-                replies = generate_answers(model, processor, batch, max_new_tokens=task.max_new_tokens)
-                rows = [_record(q.sample, r, run_id) for q, r in zip(batch, replies, strict=True)]
-                file.append(rows)
-                done.update({record_key(row): row for row in rows})
-                bar.update(len(rows))
-        finally:
-            bar.close()
-    result = score_records(task, samples, done)
+        mine = ranks.share(pending)
+        own = path if ranks.world_size == 1 else part_path(path, ranks.rank)
+        bar = _progress_bar(len(samples) - len(pending), len(mine), task.name, ranks, enabled=progress)
+        with RecordFile(own) as file, bar:
+            for answers in _ask(model, processor, task, mine, size):
+                file.append({**row, "metadata": {"settings": run_id, **row["metadata"]}} for row in answers)
+                bar.update(len(answers))
+        ranks.barrier()
+        result = ranks.on_main(lambda: score_records(task, samples, merge()))
     result["counts"]["resumed"] = len(samples) - len(pending)
+    settings = {
+        **identity,
+        "limit": limit,
+        "batch_size": size.now,
+        "processes": ranks.world_size,
+        "device": model.device.type,
+    }
     return {**result, "settings": settings, "seconds": round(time.perf_counter() - started, 3)}
 
 
-class Question(NamedTuple):
-    """A sample with its prompt's ids."""
-
-    sample: Sample
-    input_ids: list[int]
-
-
-def encode_question(processor: Any, sample: Sample, messages: Sequence[Mapping[str, Any]]) -> Question:
-    """Ids of the prompt, up to where the answer begins.
-
-    Raises:
-        DataError: The prompt asks for another number of pictures than the sample has.
-    """
-    encoded = processor.encode_messages(messages, add_generation_prompt=True)
-    if encoded.num_images != len(sample.images):
-        raise DataError(
-            f"the prompt of question {sample.question_id!r} has {encoded.num_images} picture(s), the sample "
-            f"{len(sample.images)}"
-        )
-    return Question(sample, encoded.input_ids)
+def answer_settings(model: Any, processor: Any, task: Task, *, shuffle_images: bool) -> dict[str, Any]:
+    """What an answer depends on: answers given under other settings are not mixed."""
+    how: dict[str, Any] = {"method": "generate", "decoding": "greedy", "max_new_tokens": task.max_new_tokens}
+    if task.method == "likelihood":
+        how = {"method": "likelihood", "rank_by": "mean" if task.normalised else "sum"}
+    return {
+        "task": task.name,
+        "data": task.fingerprint,
+        "model": model_fingerprint(model),
+        "processor": fingerprint([processor.chat_template, processor.image_processor.to_dict()]),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **how,
+        "shuffle_images": shuffle_images,
+    }
 
 
-def generate_answers(
-    model: Any, processor: Any, questions: Sequence[Question], *, max_new_tokens: int
-) -> list[Reply]:
-    """Greedy answers to a batch of questions, padded on the left."""
-    width = max(len(q.input_ids) for q in questions)
-    device = model.device
-    ids = [[processor.pad_token_id] * (width - len(q.input_ids)) + q.input_ids for q in questions]
-    mask = [[0] * (width - len(q.input_ids)) + [1] * len(q.input_ids) for q in questions]
-    pictures = [picture for q in questions for picture in _pictures(q.sample)]
-    pixels = None
-    if pictures:
-        pixels = processor.image_processor(pictures)["pixel_values"].to(device, model.dtype)
-    ends = _end_ids(model, processor)
-    with _evaluating(model), torch.inference_mode():
-        sequences = model.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            pixel_values=pixels,
-            generation_config=_greedy(max_new_tokens, ends, processor.pad_token_id),
-        )
-    return [_reply(processor, row, ends) for row in sequences[:, width:].tolist()]
-
-
-def converse(model: Any, processor: Any, samples: Sequence[Sample], *, max_new_tokens: int) -> list[Reply]:
-    """Ask questions about the same pictures one after another in one conversation.
+class BatchSize:
+    """How many questions to ask at a time.
 
     Args:
-        model: The model.
-        processor: Its processor.
-        samples: The questions; the pictures are those of the first.
-        max_new_tokens: Longest answer.
+        wanted: A number, or "auto": begin with `AUTO_BATCH` and halve it whenever memory runs out.
+        device: Kind of device.
 
-    Returns:
-        The answer to each; the model sees its own earlier answers.
+    Raises:
+        ConfigError: The number is not positive, or a word other than "auto".
     """
-    first = samples[0]
-    messages: list[dict[str, Any]] = []
-    replies: list[Reply] = []
-    for number, sample in enumerate(samples):
-        turn = sample if number == 0 else dataclasses.replace(sample, images=())
-        messages += image_first(turn)
-        question = encode_question(processor, first, messages)
-        reply = generate_answers(model, processor, [question], max_new_tokens=max_new_tokens)[0]
-        messages.append({"role": "assistant", "content": reply.text})
-        replies.append(reply)
-    return replies
+
+    def __init__(self, wanted: int | str, device: str = "cpu") -> None:
+        if wanted != "auto" and (not isinstance(wanted, int) or wanted < 1):
+            raise ConfigError(f"batch_size must be at least 1, got {wanted}; or auto")
+        self.automatic = wanted == "auto"
+        self.now: int = AUTO_BATCH.get(device, AUTO_BATCH["cuda"]) if wanted == "auto" else int(wanted)
+
+    def shrink(self, tried: int) -> None:
+        """Memory did not suffice for so many.
+
+        Raises:
+            ConfigError: The size was given, or cannot be smaller.
+        """
+        if not self.automatic or tried == 1:
+            advice = "Use batch_size auto, or a smaller one" if tried > 1 else "This model needs a larger one"
+            raise ConfigError(f"a batch of {tried} question(s) does not fit into the memory. {advice}")
+        self.now = math.ceil(tried / 2)
+        log.info("memory did not suffice for %d questions at a time; going on with %d", tried, self.now)
+
+
+def _ask(
+    model: Any, processor: Any, task: Task, samples: Sequence[Sample], size: BatchSize
+) -> Iterator[list[Record]]:
+    """Answers in batches of questions of like length, the longest first; encoded as they are needed."""
+    start = 0
+    while start < len(samples):
+        window = samples[start : start + size.now * WINDOW]
+        start += len(window)
+        questions = [_encode(processor, task, sample) for sample in window]
+        queue = deque(sorted(questions, key=lambda q: -len(q.input_ids)))
+        while queue:
+            batch = [queue.popleft() for _ in range(min(size.now, len(queue)))]
+            answers = _try(model, processor, task, batch)
+            if answers is None:
+                size.shrink(len(batch))
+                queue.extendleft(reversed(batch))
+            else:
+                yield answers
+
+
+def _encode(processor: Any, task: Task, sample: Sample) -> Question:
+    messages = task.prompt(sample)
+    if task.method == "likelihood":
+        return encode_options(processor, sample, messages, sample.options)
+    return encode_question(processor, sample, messages)
+
+
+def _try(model: Any, processor: Any, task: Task, batch: Sequence[Question]) -> list[Record] | None:
+    """The answers of a batch, or None where memory ran out."""
+    try:
+        if task.method == "likelihood":
+            scored = score_options(model, processor, batch)
+            return [_chosen(q.sample, s, task.normalised) for q, s in zip(batch, scored, strict=True)]
+        replies = generate_answers(model, processor, batch, max_new_tokens=task.max_new_tokens)
+        return [_generated(q.sample, reply) for q, reply in zip(batch, replies, strict=True)]
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch, where the host has no memory left
+            raise
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def _generated(sample: Sample, reply: Reply) -> Record:
+    return _record(sample, reply.text, {"tokens": reply.tokens, "cut": reply.cut})
+
+
+def _chosen(sample: Sample, scores: Sequence[OptionScore], normalised: bool) -> Record:
+    values = [score.mean if normalised else score.total for score in scores]
+    best = max(range(len(values)), key=values.__getitem__)
+    return _record(
+        sample, sample.options[best], {"scores": values, "tokens": [score.tokens for score in scores]}
+    )
+
+
+def _record(sample: Sample, text: str, metadata: dict[str, Any]) -> Record:
+    if "images_from" in sample.metadata:
+        metadata["images_from"] = sample.metadata["images_from"]
+    return {
+        "question_id": sample.question_id,
+        "prompt": sample.text,
+        "text": text,
+        "model_id": "vlmamba",
+        "metadata": metadata,
+    }
+
+
+def check_answers(path: Path, done: Answers, task: Task, run_id: str) -> Answers:
+    """Answers found in a file, if all are of this task, model and settings.
+
+    Raises:
+        DataError: Some are not.
+    """
+    foreign = [r for r in done.values() if (r.get("metadata") or {}).get("settings") != run_id]
+    if foreign:
+        raise DataError(
+            f"{path} holds {len(foreign)} answer(s) given by another model, data or settings (such as "
+            f"to question {foreign[0]['question_id']!r}). Choose another output, or delete the file to ask "
+            "again"
+        )
+    known = {sample.key for sample in task.samples}
+    strange = [key[0] for key in done if key not in known]
+    if strange:
+        raise DataError(
+            f"{path} answers {len(strange)} question(s) that {task.name!r} does not ask, such as "
+            f"{strange[0]!r}"
+        )
+    return done
 
 
 def check_images(samples: Sequence[Sample]) -> None:
@@ -186,12 +284,14 @@ def check_images(samples: Sequence[Sample]) -> None:
     Raises:
         ImageError: Some are not; the message counts them and names the first.
     """
+    found: set[Path] = set()
     missing: dict[Path, str | int] = {}
     for sample in samples:
         for image in sample.images:
-            if isinstance(image, Path) and image not in missing:
+            if isinstance(image, Path) and image not in missing and image not in found:
                 try:
                     find_image(image)
+                    found.add(image)
                 except ImageError:
                     missing[image] = sample.question_id
     if missing:
@@ -199,6 +299,11 @@ def check_images(samples: Sequence[Sample]) -> None:
             f"{path} (question {question!r})" for path, question in list(missing.items())[:3]
         )
         raise ImageError(f"{len(missing)} picture(s) that the questions need are missing, such as {examples}")
+
+
+def fingerprint(value: Any) -> str:
+    """Sixteen digits that change with a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def model_fingerprint(model: Any) -> str:
@@ -212,109 +317,17 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def progress_bar(total: int, initial: int, label: str, *, enabled: bool) -> Any:
+def _progress_bar(done: int, pending: int, label: str, ranks: Ranks, *, enabled: bool) -> Any:
     """A tqdm bar with the time left; plain lines now and then where there is no terminal."""
     from tqdm.auto import tqdm
 
     interactive = sys.stderr.isatty()
     return tqdm(
-        total=total,
-        initial=initial,
-        desc=label,
+        total=done + pending,
+        initial=done,
+        desc=label if ranks.world_size == 1 else f"{label} (process 1 of {ranks.world_size})",
         unit="question",
-        disable=not enabled or os.environ.get("VLMAMBA_PROGRESS") == "0",
+        disable=not enabled or not ranks.is_main or os.environ.get("VLMAMBA_PROGRESS") == "0",
         dynamic_ncols=interactive,
         mininterval=0.5 if interactive else 30.0,
     )
-
-
-def _batches(
-    processor: Any, task: Task, samples: Sequence[Sample], batch_size: int
-) -> Iterator[list[Question]]:
-    """Questions in batches of like length; encoded as they are needed."""
-    for start in range(0, len(samples), batch_size * WINDOW):
-        window = samples[start : start + batch_size * WINDOW]
-        questions = [encode_question(processor, s, task.prompt(s)) for s in window]
-        questions.sort(key=lambda q: len(q.input_ids))
-        for at in range(0, len(questions), batch_size):
-            yield questions[at : at + batch_size]
-
-
-def _done(file: RecordFile, task: Task, run_id: str) -> dict[tuple[str, str], Record]:
-    """Answers that are in the file, checked to be of this task, model and settings."""
-    foreign = [r for r in file.records if r.get("metadata", {}).get("settings") != run_id]
-    if foreign:
-        raise DataError(
-            f"{file.path} holds {len(foreign)} answer(s) given by another model, data or settings (such as "
-            f"to question {foreign[0]['question_id']!r}). Choose another output, or delete the file to ask "
-            "again"
-        )
-    known = {sample.key for sample in task.samples}
-    done = {record_key(record): record for record in file.records}
-    strange = [key[0] for key in done if key not in known]
-    if strange:
-        raise DataError(
-            f"{file.path} answers {len(strange)} question(s) that {task.name!r} does not ask, such as "
-            f"{strange[0]!r}"
-        )
-    return done
-
-
-def _record(sample: Sample, reply: Reply, run_id: str) -> Record:
-    metadata: dict[str, Any] = {"settings": run_id, "tokens": reply.tokens, "cut": reply.cut}
-    if "images_from" in sample.metadata:
-        metadata["images_from"] = sample.metadata["images_from"]
-    return {
-        "question_id": sample.question_id,
-        "prompt": sample.text,
-        "text": reply.text,
-        "model_id": "vlmamba",
-        "metadata": metadata,
-    }
-
-
-def _pictures(sample: Sample) -> list[Any]:
-    try:
-        return [open_image(image) for image in sample.images]
-    except ImageError as error:
-        raise ImageError(f"question {sample.question_id!r}: {error}") from error
-
-
-def _greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ends),
-        pad_token_id=pad,
-        use_cache=True,
-    )
-
-
-def _end_ids(model: Any, processor: Any) -> list[int]:
-    """Ids that end an answer: the model's own and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    ids = [own] if isinstance(own, int) else list(own or [])
-    return list(dict.fromkeys([*ids, processor.tokenizer.eos_token_id]))
-
-
-def _reply(processor: Any, ids: list[int], ends: Sequence[int]) -> Reply:
-    end = next((at for at, token in enumerate(ids) if token in ends), None)
-    text = processor.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-    return Reply(text, len(ids) if end is None else end + 1, end is None)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for the time being."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
