@@ -8,6 +8,7 @@ imports models: the processor is handed in (`vlmamba.data.types.Processor`).
 
 from __future__ import annotations
 
+from vlmamba.data.cache import cache_folder
 from vlmamba.data.checks import CheckReport, Problem, check, missing_folders
 from vlmamba.data.collate import MODEL_KEYS, collate
 from vlmamba.data.conversation import Conversation, parse_row, place_images
@@ -50,6 +51,7 @@ __all__ = [
     "VLDataset",
     "build_loader",
     "build_source",
+    "cache_folder",
     "check",
     "collate",
     "compute_lengths",

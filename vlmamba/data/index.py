@@ -1,14 +1,15 @@
 """Random access to the rows of a JSON list or a JSON-lines file by byte offset.
 
-Only two 64-bit numbers a row stay in memory: annotations of a million rows cost 16 MB in each process, and
-worker processes share them. A JSON list is parsed once, row by row through a moving window, to find the
-offsets.
+A file is parsed once, row by row through a moving window, to find the offsets: three 64-bit numbers a row. Those of
+large files are kept in the cache folder and mapped from there, so a file of a million rows opens at once and all
+processes share the pages.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import logging
 import os
 from array import array
 from pathlib import Path
@@ -16,10 +17,16 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from vlmamba.data.cache import cache_folder, cache_name, file_key, load_array, save_array
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.errors import DataError, MissingFileError
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 1 << 22
+_VERSION = 1
+KEPT_FROM = 1 << 24
+"""Offsets of files of so many bytes are kept in the cache folder; smaller ones are read faster than found."""
 _BLANK = " \t\n\r"
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -43,26 +50,36 @@ class RowFile:
         if not self.path.is_file():
             raise MissingFileError(missing_file_message(self.path, "the annotation file", hint))
         self.is_lines = self.path.suffix.lower() in JSONL_SUFFIXES
-        stat = self.path.stat()
-        self.fingerprint = f"{self.path.name}:{stat.st_size}:{stat.st_mtime_ns}"
-        with self.path.open("rb") as file:
-            if self.is_lines:
-                starts, ends, lines = _index_lines(file, self.path)
-                self._lines: np.ndarray | None = np.frombuffer(lines, dtype=np.int64)
-            else:
-                starts, ends = _ListIndexer(file, self.path).run()
-                self._lines = None
-        self._starts = np.frombuffer(starts, dtype=np.int64)
-        self._ends = np.frombuffer(ends, dtype=np.int64)
+        path_text, size, changed = file_key(self.path)
+        self.fingerprint = f"{self.path.name}:{size}:{changed}"
+        kept = cache_folder() / cache_name("rows", _VERSION, path_text, size, changed, self.is_lines)
+        table = load_array(kept, columns=3, mapped=True) if size >= KEPT_FROM else None
+        if table is None:
+            table = self._find_rows()
+            if size >= KEPT_FROM:
+                _keep(kept, table)
+        self._table = table
         self._handle: tuple[int, int] | None = None
 
+    def _find_rows(self) -> np.ndarray:
+        """(rows, 3) int64: first byte, end, and line (0 in a list) of each row."""
+        with self.path.open("rb") as file:
+            if self.is_lines:
+                columns: tuple[array[int], ...] = _index_lines(file, self.path)
+            else:
+                columns = _ListIndexer(file, self.path).run()
+        table = np.zeros((len(columns[0]), 3), dtype=np.int64)
+        for column, values in enumerate(columns):
+            table[:, column] = np.frombuffer(values, dtype=np.int64)
+        return table
+
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._table)
 
     def where(self, row: int) -> str:
         """The place of a row: ``file:line`` (from 1) for JSON lines, ``file:row n`` (from 0) for a list."""
-        if self._lines is not None:
-            return f"{self.path}:{int(self._lines[row])}"
+        if self.is_lines:
+            return f"{self.path}:{int(self._table[row, 2])}"
         return f"{self.path}:row {row}"
 
     def __getitem__(self, row: int) -> Any:
@@ -71,7 +88,7 @@ class RowFile:
         Raises:
             DataError: The row is not valid JSON; the message has no place (see `where`).
         """
-        start, end = int(self._starts[row]), int(self._ends[row])
+        start, end, _ = self._table[row].tolist()
         raw = os.pread(self._descriptor(), end - start, start)
         try:
             return json.loads(raw)
@@ -97,6 +114,16 @@ class RowFile:
         handle = getattr(self, "_handle", None)
         if handle is not None and handle[0] == os.getpid():
             os.close(handle[1])
+
+
+def _keep(path: Path, table: np.ndarray) -> None:
+    """A cache folder that cannot be written costs time, no more."""
+    try:
+        save_array(path, table)
+    except OSError as error:
+        logger.warning(
+            "the offsets of rows cannot be kept in %s (%s); they are found anew next time", path, error
+        )
 
 
 def _index_lines(file: BinaryIO, path: Path) -> tuple[array[int], array[int], array[int]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vlmamba.data.cache import cache_name, load_array, save_array
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.sources import source_fingerprint
 from vlmamba.data.types import RowError
@@ -96,8 +94,9 @@ def compute_lengths(
         A table in the order of the data set.
     """
     path = _cache_path(dataset, cache_dir, processor_fingerprint)
-    if path is not None and (table := _read(path, len(dataset))) is not None:
-        return table
+    kept = None if path is None else load_array(path, columns=4)
+    if kept is not None and len(kept) == len(dataset):
+        return LengthTable(kept)
     chunks: Iterable[np.ndarray] = DataLoader(
         _Chunks(dataset), batch_size=None, num_workers=num_workers, shuffle=False
     )
@@ -109,7 +108,7 @@ def compute_lengths(
             begin += len(chunk)
             bar.update(len(chunk))
     if path is not None:
-        _write(path, values)
+        save_array(path, values)
     return LengthTable(values)
 
 
@@ -145,25 +144,4 @@ def _cache_path(dataset: VLDataset, cache_dir: Path | None, processor: str | Non
         dataset.image_position,
         dataset.processor.num_image_tokens,
     ]
-    return Path(cache_dir) / f"lengths-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}.npy"
-
-
-def _read(path: Path, rows: int) -> LengthTable | None:
-    """A kept table, or None when there is none or it cannot be read (it is then computed again)."""
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return LengthTable(values) if values.shape == (rows, 4) else None
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    """Write whole or not at all: to a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    return Path(cache_dir) / cache_name("lengths", *key)

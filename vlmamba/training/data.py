@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vlmamba.data import (
     VLDataset,
     build_loader,
     build_source,
+    cache_folder,
     compute_lengths,
     missing_folders,
 )
@@ -146,11 +146,6 @@ def total_steps(config: TrainConfig, loader: Loader) -> int:
         if config.max_steps is not None and steps >= config.max_steps:
             return config.max_steps
     return steps
-
-
-def cache_folder() -> Path:
-    """Where lengths of rows are kept: ``$VLMAMBA_CACHE``, or ``~/.cache/vlmamba``."""
-    return Path(os.environ.get("VLMAMBA_CACHE") or Path.home() / ".cache" / "vlmamba")
 
 
 def processor_fingerprint(processor: Any) -> str:
