@@ -3,8 +3,13 @@
     checkpoints/step-000123/model.safetensors   tensors that train (by requires_grad, never by name)
                             optimizer.pt        its state by parameter name
                             state.json          step, position in the data, counters, fingerprint of the
-                            frozen parts rng.pt              states of the random generators
+                                                frozen parts
+                            rng.pt              states of the random generators
+                            rng_ranks.pt        those of every process, where there were several
     checkpoints/latest                          name of the newest complete one
+
+In the layout "shards" (`vlmamba.training.sharded`) a folder ``shards/``, to which every process writes its own
+part, stands in place of the first two. Any strategy on any number of processes goes on from either.
 
 A checkpoint is written under a hidden name and renamed when all of it is on the disk, so whatever has the
 name of a checkpoint is complete.
@@ -15,9 +20,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +37,35 @@ from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
 from vlmamba.models.language.weights import load_state_dict_file, load_weights_only
 from vlmamba.training.optim import load_named_state, named_state
 from vlmamba.training.run_dir import whole_directory, write_errors, write_text
+from vlmamba.training.sharded import check_names, is_sharded, place, read_shards
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 
-# What may differ between a run and its continuation: nothing that changes the result.
-FREE_KEYS = ("output", "log_every", "save_every", "keep_last", "loggers", "data.num_workers", "device")
+# What may differ between a run and its continuation: nothing that changes the result beyond rounding.
+FREE_KEYS = (
+    "output",
+    "log_every",
+    "save_every",
+    "save_async",
+    "keep_last",
+    "keep_every",
+    "loggers",
+    "data.num_workers",
+    "device",
+    "parallel",
+    "sharding",
+    "batch.micro_batch_size",
+    "batch.tokens_per_micro_batch",
+    "gradient_checkpointing",
+    "checkpoint_every_nth",
+    "compile",
+    "max_nonfinite_steps",
+    "stall_seconds",
+)
 
 
 @dataclasses.dataclass
@@ -50,6 +79,7 @@ class RunState:
         tokens: Their tokens, image tokens included.
         supervised: Their supervised tokens.
         skipped: Rows that could not be used.
+        nonfinite: Steps whose loss or gradient was not finite, and which were not taken.
         frozen: Fingerprint of the frozen parameters.
         data: Where the data loader stands (`vlmamba.data.Loader.state_dict`).
     """
@@ -60,6 +90,7 @@ class RunState:
     tokens: int = 0
     supervised: int = 0
     skipped: int = 0
+    nonfinite: int = 0
     frozen: str = ""
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -68,29 +99,60 @@ class RunState:
 
 
 def save_checkpoint(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, *, keep_last: int
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
 ) -> Path:
     """Write a checkpoint of the present step, point ``latest`` at it, and remove old ones.
 
     Raises:
         CheckpointError: The disk is full or fails; earlier checkpoints are as they were.
     """
+    tensors, moments = trained_tensors(model), named_state(optimizer)
+    with whole_directory(checkpoint_path(run_dir, state.step)) as directory, write_errors():
+        write_whole(directory, tensors, moments)
+        write_state(directory, state, [rng_state()])
+    return publish(run_dir, state.step, keep_last=keep_last, keep_every=keep_every)
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / CHECKPOINTS / f"step-{step:06d}"
+
+
+def write_whole(
+    directory: Path, tensors: Mapping[str, torch.Tensor], moments: dict[str, dict[str, Any]]
+) -> None:
+    """Write whole tensors and the optimizer's state."""
     from safetensors.torch import save_file
 
-    folder = run_dir / CHECKPOINTS
-    final = folder / f"step-{state.step:06d}"
-    tensors = {name: t.detach().cpu().contiguous() for name, t in trained_tensors(model).items()}
-    with whole_directory(final) as directory, write_errors():
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        torch.save(named_state(optimizer), directory / "optimizer.pt")
-        torch.save(rng_state(), directory / "rng.pt")
-        (directory / "state.json").write_text(
-            json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8"
-        )
-    write_text(folder / LATEST, final.name + "\n")
+    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(on_cpu, directory / "model.safetensors", metadata={"format": "pt"})
+    torch.save(moments, directory / "optimizer.pt")
+
+
+def write_state(directory: Path, state: RunState, generators: list[dict[str, Any]]) -> None:
+    """Write where the run stands, and the random generators of each process."""
+    torch.save(generators[0], directory / "rng.pt")
+    if len(generators) > 1:
+        torch.save(generators, directory / "rng_ranks.pt")
+    (directory / "state.json").write_text(
+        json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def publish(run_dir: Path, step: int, *, keep_last: int, keep_every: int = 0) -> Path:
+    """Point ``latest`` at a complete checkpoint and remove the old ones that need not be kept."""
+    final = checkpoint_path(run_dir, step)
+    write_text(run_dir / CHECKPOINTS / LATEST, final.name + "\n")
     if keep_last:
         for old in complete_checkpoints(run_dir)[:-keep_last]:
-            if old != final:
+            kept = keep_every and step_of(old) % keep_every == 0
+            if old != final and not kept:
                 remove_directory(old)
     return final
 
@@ -124,25 +186,38 @@ def remove_leftovers(run_dir: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def rng_state() -> dict[str, Any]:
-    """States of all random generators, in types that load without running code."""
+def rng_state(device: torch.device | None = None) -> dict[str, Any]:
+    """States of all random generators, in types that load without running code.
+
+    Args:
+        device: The only GPU whose generator counts, where several processes share a host; None: all of them.
+    """
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": _cuda_states(device),
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def _cuda_states(device: torch.device | None) -> list[torch.Tensor]:
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return []
+    return torch.cuda.get_rng_state_all() if device is None else [torch.cuda.get_rng_state(device)]
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device | None = None) -> None:
     """Put all random generators back."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        if device is None:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        elif device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"][0], device)
 
 
 # --- finding and reading ------------------------------------------------------------------------------------
@@ -172,7 +247,12 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def latest_step(run_dir: Path) -> int | None:
     """Step of the newest complete checkpoint, or None."""
     path = latest_checkpoint(run_dir)
-    return None if path is None else int(path.name.removeprefix("step-"))
+    return None if path is None else step_of(path)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_state(path: Path) -> RunState:
@@ -191,44 +271,74 @@ def read_state(path: Path) -> RunState:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-    """Put model, optimizer and random generators where a checkpoint left them.
+    """Put model, optimizer and random generators of one process where a checkpoint left them.
 
     Raises:
         CheckpointError: The checkpoint's tensors are not those that train, or a file is damaged.
     """
     state = read_state(path)
-    load_trained(path, model)
-    saved = load_weights_only(path / "optimizer.pt")
-    assert isinstance(saved, dict)
-    load_named_state(optimizer, saved)
-    generators = load_weights_only(path / "rng.pt")
-    assert isinstance(generators, dict)
-    set_rng_state(generators)
+    tensors, moments = read_whole(path)
+    wanted = trained_tensors(model)
+    check_names(path, wanted, {n: t.shape for n, t in tensors.items()})
+    copy_into(wanted, tensors)
+    load_named_state(optimizer, moments)
+    load_rng(path)
     return state
 
 
-@torch.no_grad()
+def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """Weights and optimizer state by name, as whole tensors on the CPU, from either layout.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    if is_sharded(path):
+        return read_shards(path)
+    moments = load_weights_only(path / "optimizer.pt")
+    assert isinstance(moments, dict)
+    return load_state_dict_file(path / "model.safetensors"), moments
+
+
+def read_trained(path: Path) -> dict[str, torch.Tensor]:
+    """Weights alone; see `read_whole`."""
+    return read_shards(path)[0] if is_sharded(path) else load_state_dict_file(path / "model.safetensors")
+
+
 def load_trained(path: Path, model: nn.Module) -> None:
-    """Put the trained tensors of a checkpoint into the model, all of them and no others."""
-    file = path / "model.safetensors"
-    saved, wanted = load_state_dict_file(file), trained_tensors(model)
-    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
-    other = sorted(n for n in wanted.keys() & saved.keys() if wanted[n].shape != saved[n].shape)
-    if missing or unexpected or other:
-        raise CheckpointError(
-            f"{file} does not hold what trains now: missing {missing[:3]} ({len(missing)}), unexpected "
-            f"{unexpected[:3]} "
-            f"({len(unexpected)}), of another shape {other[:3]} ({len(other)})."
-        )
+    """Put the trained tensors of a checkpoint into the model, all of them and no others.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    saved, wanted = read_trained(path), trained_tensors(model)
+    check_names(path, wanted, {n: t.shape for n, t in saved.items()})
+    copy_into(wanted, saved)
+
+
+def copy_into(wanted: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy whole tensors into those of the model, cut or not."""
     for name, tensor in wanted.items():
-        tensor.copy_(saved[name])
+        place(tensor, saved[name])
+
+
+def load_rng(path: Path, *, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
+    """Put back the random generators of a process; on another number of processes, all but the first begin anew.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    ranks = path / "rng_ranks.pt"
+    saved = load_weights_only(ranks) if ranks.is_file() else [load_weights_only(path / "rng.pt")]
+    assert isinstance(saved, list)
+    if rank < len(saved) and (rank == 0 or len(saved) == world_size):
+        set_rng_state(saved[rank], device)
 
 
 # --- is it the same run? ------------------------------------------------------------------------------------
 
 
-def check_same_config(saved: Config, given: Config, where: Path) -> None:
-    """Refuse to go on with settings that would change the result.
+def check_same_config(saved: Config, given: Config, where: Path, *, force: bool = False) -> None:
+    """Refuse to go on with settings that would change the result, or, if forced, name them only.
 
     Raises:
         ConfigError: Lists every dotted key that differs.
@@ -236,10 +346,14 @@ def check_same_config(saved: Config, given: Config, where: Path) -> None:
     changes = [c for c in diff_configs(saved, given) if not _is_free(c.path)]
     if changes:
         listing = "\n".join(f"  {change}" for change in changes)
+        if force:
+            logger.warning("going on with settings that differ from those of %s:\n%s", where, listing)
+            return
         raise ConfigError(
             f"the config differs from that of the run in {where.parent}, so continuing would be another "
             "experiment:\n"
-            f"{listing}\nUse the settings of {where} (vlmamba train {where} --resume), or another --output."
+            f"{listing}\nUse the settings of {where} (vlmamba train {where} --resume), or another --output. "
+            "--force goes on with the new ones all the same."
         )
 
 

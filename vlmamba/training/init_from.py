@@ -16,7 +16,7 @@ from vlmamba.config import load_yaml
 from vlmamba.errors import CheckpointError, MissingFileError
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
 from vlmamba.models.language.weights import load_state_dict_dir, load_state_dict_file, weight_files
-from vlmamba.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from vlmamba.training.checkpoint import CHECKPOINTS, latest_checkpoint, read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def read_weights(source: Path) -> SavedWeights:
 def _checkpoint(path: Path) -> SavedWeights:
     config = path.parent.parent / RUN_CONFIG
     connector = load_yaml(config).to_dict()["model"]["connector"] if config.is_file() else None
-    return SavedWeights(path, load_state_dict_file(path / "model.safetensors"), connector, trained_only=True)
+    return SavedWeights(path, read_trained(path), connector, trained_only=True)
 
 
 def _connector_file(path: Path) -> SavedWeights:

@@ -7,10 +7,12 @@ changes nothing.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,12 +23,15 @@ from vlmamba.data import MODEL_KEYS, Loader, Step
 from vlmamba.errors import TrainingError
 from vlmamba.training.checkpoint import RunState
 from vlmamba.training.config import TrainConfig
+from vlmamba.training.faults import NONFINITE_FILE, record_nonfinite
 from vlmamba.training.metrics import MetricLogger, Window, progress_bar
 from vlmamba.training.optim import current_lr, set_learning_rate
-from vlmamba.training.parallel import Parallel
+from vlmamba.training.parallel import Channel, Parallel
 from vlmamba.training.parts import trainable_parameters
 from vlmamba.training.precision import autocast
 from vlmamba.training.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "stopped"]
 
@@ -40,6 +45,9 @@ class Training:
         model: What is called: the model, wrapped by the parallel strategy.
         save: Writes a checkpoint of the state given.
         should_stop: Whether the run has been asked to stop (SIGTERM).
+        alive: Called whenever something moved.
+        channel: For what the processes tell each other now and then.
+        nonfinite_in_a_row: Steps not taken since the last one that was.
     """
 
     config: TrainConfig
@@ -53,24 +61,31 @@ class Training:
     save: Callable[[RunState], None]
     loggers: Sequence[MetricLogger] = ()
     should_stop: Callable[[], bool] = field(default=lambda: False)
+    alive: Callable[[], None] = field(default=lambda: None)
+    channel: Channel = field(default_factory=Channel)
+    nonfinite_in_a_row: int = 0
 
 
 def train_loop(run: Training) -> Outcome:
     """Train until the last step, or until asked to stop; either way the present step is saved.
 
     Raises:
-        TrainingError: A loss or gradient is not finite, or a step has no supervised token.
+        TrainingError: Loss or gradient are not finite more often than allowed, a step has no supervised token, or a
+            data worker died.
         DataError: Too many rows cannot be used.
         CheckpointError: A checkpoint could not be written.
     """
     config, state = run.config, run.state
     saved_at = state.step
+    bad_before = run.loader.bad_samples.count
     outcome: Outcome = "finished"
     bar_of = progress_bar(state.total_steps, state.step, enabled=run.parallel.is_main)
     with logging_redirect_tqdm(), bar_of as bar:
         for step, waited in timed(steps(run.loader, state.total_steps - state.step)):
             loss, grad_norm = optimizer_step(run, step)
             advance(run, step, loss, waited)
+            count_skipped(run, bad_before)
+            run.alive()
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{current_lr(run.optimizer):.2e}", refresh=False)
             if state.step % config.log_every == 0 or state.step == state.total_steps:
@@ -90,6 +105,7 @@ def save(run: Training) -> int:
     """Write a checkpoint, outside the clock of the log; returns its step."""
     started = time.perf_counter()
     run.save(run.state)
+    run.alive()
     run.window.leave_out(time.perf_counter() - started)
     return run.state.step
 
@@ -105,10 +121,22 @@ def steps(loader: Loader, count: int) -> Iterator[Step]:
 
 
 def timed(items: Iterator[Step]) -> Iterator[tuple[Step, float]]:
-    """Each item with the seconds that were spent waiting for it."""
+    """Each item with the seconds that were spent waiting for it.
+
+    Raises:
+        TrainingError: A data worker died.
+    """
     while True:
         started = time.perf_counter()
-        item = next(items, None)
+        try:
+            item = next(items, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a data worker process ended: {str(error).splitlines()[0]} The usual cause is too little memory: "
+                "lower --data.num_workers. Continue with --resume."
+            ) from error
         if item is None:
             return
         yield item, time.perf_counter() - started
@@ -136,10 +164,40 @@ def optimizer_step(run: Training, step: Step) -> tuple[float, float]:
     grad_norm = run.parallel.clip_grad_norm(parameters, run.config.grad_clip).item()
     (loss,) = run.parallel.sum_floats(float(losses.sum()))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainingError(_not_finite(number, loss, grad_norm, losses, step))
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+        leave_out(run, step, loss, grad_norm, losses)
+        return math.nan, grad_norm
+    run.parallel.update(run.optimizer)
+    run.nonfinite_in_a_row = 0
     return loss, grad_norm
+
+
+def leave_out(run: Training, step: Step, loss: float, grad_norm: float, losses: torch.Tensor) -> None:
+    """Do not take a step: count it, write its samples down, and give up after too many in a row.
+
+    Raises:
+        TrainingError: There were more than `max_nonfinite_steps` in a row.
+    """
+    number, allowed = run.state.step + 1, run.config.max_nonfinite_steps
+    run.parallel.discard(run.optimizer)
+    run.state.nonfinite += 1
+    run.nonfinite_in_a_row += 1
+    shares = zip(step.micro_batches, losses.tolist(), strict=True)
+    samples = [
+        {"id": sample_id, "where": where, "rank": run.parallel.rank, "finite": math.isfinite(share)}
+        for batch, share in shares
+        for sample_id, where in zip(batch["ids"], batch["wheres"], strict=True)
+    ]
+    everywhere = [sample for each in run.channel.gather(samples) for sample in each]
+    entry = {"step": number, "loss": str(loss), "grad_norm": str(grad_norm)}
+    if run.parallel.is_main:
+        record_nonfinite(Path(run.config.output), entry, everywhere)
+    message = _not_finite(number, loss, grad_norm, everywhere)
+    if run.nonfinite_in_a_row > allowed:
+        row = f" {run.nonfinite_in_a_row} such steps in a row are more than max_nonfinite_steps {allowed}."
+        raise TrainingError(
+            message + (row if allowed else " --max_nonfinite_steps 3 leaves out up to three.")
+        )
+    logger.warning("%s", message)
 
 
 def accumulate_gradients(run: Training, step: Step, supervised: int) -> torch.Tensor:
@@ -150,7 +208,7 @@ def accumulate_gradients(run: Training, step: Step, supervised: int) -> torch.Te
         with run.parallel.accumulate(run.model, last=last):
             with autocast(run.config.precision, run.parallel.device):
                 output = run.model(**inputs_of(batch, run.parallel.device), num_items=supervised)
-            (output.loss * run.parallel.loss_scale).backward()
+            run.parallel.backward(output.loss)
         losses.append(output.loss.detach().float())
     return torch.stack(losses)
 
@@ -164,7 +222,9 @@ def advance(run: Training, step: Step, loss: float, waited: float) -> None:
     """Count a finished step."""
     images = sum(sum(batch["num_images"]) for batch in step.micro_batches)
     window, state = run.window, run.state
-    window.supervised += step.num_supervised
+    if math.isfinite(loss):  # else the step was not taken
+        window.supervised += step.num_supervised
+        window.loss_sum += loss * step.num_supervised
     window.tokens += step.num_tokens
     window.padding += step.num_padding
     window.samples += step.num_samples
@@ -174,13 +234,18 @@ def advance(run: Training, step: Step, loss: float, waited: float) -> None:
     samples, tokens, supervised = run.parallel.sum_counts(
         step.num_samples, step.num_tokens, step.num_supervised
     )
-    window.loss_sum += loss * step.num_supervised
     state.step += 1
     state.samples += samples
     state.tokens += tokens
     state.supervised += supervised
     state.skipped = run.loader.bad_samples.count
     state.data = run.loader.state_dict()
+
+
+def count_skipped(run: Training, before: int) -> None:
+    """Bad rows of all processes; those known before the first step are the same everywhere."""
+    (new,) = run.parallel.sum_counts(run.loader.bad_samples.count - before)
+    run.state.skipped = before + new
 
 
 def log(run: Training, grad_norm: float) -> None:
@@ -192,31 +257,34 @@ def log(run: Training, grad_norm: float) -> None:
         grad_norm=grad_norm,
         lr=current_lr(run.optimizer),
         skipped=run.state.skipped,
+        **({"nonfinite": run.state.nonfinite} if run.state.nonfinite else {}),
     )
     for logger in run.loggers:
         logger.log(line)
     run.window.restart()
 
 
-def sample_ids(batches: Sequence[Mapping[str, Any]], limit: int = 16) -> str:
+def sample_ids(batches: Sequence[Mapping[str, Any]]) -> str:
     """Ids and places of the samples in some batches, for messages."""
-    named = [
-        f"{sample_id!r} ({where})" if where else repr(sample_id)
+    return names(
+        {"id": sample_id, "where": where}
         for batch in batches
         for sample_id, where in zip(batch["ids"], batch["wheres"], strict=True)
-    ]
+    )
+
+
+def names(samples: Iterable[Mapping[str, Any]], limit: int = 16) -> str:
+    """The first of some samples, as a user finds them."""
+    named = [f"{s['id']!r} ({s['where']})" if s["where"] else repr(s["id"]) for s in samples]
     more = f" and {len(named) - limit} more" if len(named) > limit else ""
     return ", ".join(named[:limit]) + more
 
 
-def _not_finite(number: int, loss: float, grad_norm: float, losses: torch.Tensor, step: Step) -> str:
-    bad = [
-        b for b, value in zip(step.micro_batches, losses.tolist(), strict=True) if not math.isfinite(value)
-    ]
+def _not_finite(number: int, loss: float, grad_norm: float, samples: Sequence[Mapping[str, Any]]) -> str:
+    bad = [sample for sample in samples if not sample["finite"]]
     what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
     return (
-        f"step {number}: {what}. Samples: {sample_ids(bad or step.micro_batches)}. Nothing was updated in "
-        "this step; the "
-        "last checkpoint is good. Look at these samples, or lower optim.lr or grad_clip, or use "
-        "--precision fp32."
+        f"step {number}: {what}. Samples: {names(bad or samples)}. Nothing was updated in this step (all its samples "
+        f"are listed in {NONFINITE_FILE}); the last checkpoint is good. Look at these samples, or lower optim.lr or "
+        "grad_clip, or use --precision fp32."
     )

@@ -13,6 +13,7 @@ from vlmamba.errors import ConfigError
 from vlmamba.registry import Registry
 from vlmamba.training.config import OptimConfig
 from vlmamba.training.parts import match_parameters, trainable_parameters
+from vlmamba.training.sharded import cut_like
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +66,25 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             logger.warning("optim.groups: %r matches frozen parameters only and has no effect.", group.match)
         for name in names:
             multipliers.setdefault(name, (group.lr, group.weight_decay))
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         lr, decay = multipliers.get(name, (1.0, 1.0))
         weight_decay = config.weight_decay * decay if decays(name, parameter) else 0.0
-        key = (config.lr * lr, weight_decay)
+        # torch's grouped updates cannot mix cut tensors (FSDP2) with whole ones.
+        key = (config.lr * lr, weight_decay, is_cut(parameter))
         group_of = groups.setdefault(
             key, {"params": [], "names": [], "lr": key[0], "base_lr": key[0], "weight_decay": weight_decay}
         )
         group_of["params"].append(parameter)
         group_of["names"].append(name)
     return list(groups.values())
+
+
+def is_cut(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is spread over processes."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -116,8 +125,18 @@ def load_named_state(optimizer: torch.optim.Optimizer, state: dict[str, dict[str
     """
     names = [name for group in optimizer.param_groups for name in group["names"]]
     position = {name: i for i, name in enumerate(names)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def fit(name: str, value: Any) -> Any:
+        parameter = parameters[position[name]]
+        whole = isinstance(value, torch.Tensor) and value.shape == parameter.shape and not is_cut(value)
+        return cut_like(parameter, value) if whole and is_cut(parameter) else value
+
     # torch's own loading puts each tensor where its optimizer keeps it (step counts on the CPU, moments with
     # weights).
     current = optimizer.state_dict()
-    current["state"] = {position[name]: values for name, values in state.items()}
+    current["state"] = {
+        position[name]: {key: fit(name, value) for key, value in values.items()}
+        for name, values in state.items()
+    }
     optimizer.load_state_dict(current)

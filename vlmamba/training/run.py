@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmamba.config import dump_yaml, load_yaml
 from vlmamba.errors import CheckpointError
@@ -23,6 +22,7 @@ from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import build_data, open_sources, total_steps
 from vlmamba.training.export import EXPORT, export_model
+from vlmamba.training.faults import Watch, stop_signals
 from vlmamba.training.files import check_files
 from vlmamba.training.init_from import init_from
 from vlmamba.training.loop import Outcome, Training, train_loop
@@ -32,6 +32,7 @@ from vlmamba.training.parallel import Parallel, make_parallel
 from vlmamba.training.parts import format_parts, parts_table, set_modes, set_trainable
 from vlmamba.training.precision import compute_dtype, set_precision
 from vlmamba.training.run_dir import claim_run_dir, write_environment, write_text
+from vlmamba.training.saving import Checkpointer, restore
 from vlmamba.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -57,13 +58,14 @@ class RunResult:
     export: Path | None
 
 
-def run(config: TrainConfig, *, resume: bool = False) -> RunResult:
+def run(config: TrainConfig, *, resume: bool = False, force: bool = False) -> RunResult:
     """Train.
 
     Args:
         config: What to do.
         resume: Continue the run in ``config.output`` where its newest checkpoint stands; a run without one
             starts anew.
+        force: Continue although settings differ from those of the run; the differences are logged.
 
     Raises:
         ConfigError: A setting is wrong, the output folder is in use, or the config is not that of the run
@@ -73,71 +75,106 @@ def run(config: TrainConfig, *, resume: bool = False) -> RunResult:
         DataError: Too many rows cannot be used.
         TrainingError: Loss or gradients are not finite.
     """
+    parallel = make_parallel(config.parallel, config.device, config)
+    with reported(parallel):
+        result = _run(config, parallel, resume=resume, force=force)
+    parallel.close()
+    return result
+
+
+def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) -> RunResult:
     # Config, files, and a folder that is ours.
-    parallel = make_parallel(config.parallel, config.device)
     check_files(config)
-    logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
-    sources = open_sources(config)
     run_dir = Path(config.output)
-    start = _open_run(config, run_dir, parallel, resume=resume)
+    channel = parallel.channel()
+    with main_first(parallel):
+        logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
+        sources = open_sources(config)
+    start = channel.on_main(lambda: _open_run(config, run_dir, parallel, resume=resume, force=force))
 
     # Model: built from its parts, weights of an earlier stage put in, what trains decided.
     model, processor = prepare_model(config, parallel.device)
     frozen = checkpoints.frozen_fingerprint(model)
     logger.info("parts:\n%s", format_parts(parts_table(model)))
+    if parallel.rank:
+        seed_all(config.seed + parallel.rank)  # dropout differs between processes, first weights do not
 
-    # Data, optimizer, schedule.
-    loader = build_data(config, sources, processor, parallel, run_dir=run_dir)
+    # Data, strategy, optimizer, schedule.
+    with main_first(parallel):
+        loader = build_data(config, sources, processor, parallel, run_dir=run_dir)
     count = total_steps(config, loader)
     logger.info(
         "data: %d rows, %d steps of %d samples", len(loader.dataset), count, config.batch.global_batch_size
     )
-    optimizer = build_optimizer(model, config.optim)
+    flops = FlopCount.of(model, patches=model.vision_tower.num_tokens)
+    compile_parts(model, config.compile)
+    wrapped = parallel.wrap(model)
+    optimizer = parallel.build_optimizer(model, lambda m: build_optimizer(m, config.optim))
     schedule = Schedule(config.schedule, count)
 
     # Where an earlier start of this run stopped.
     state = checkpoints.RunState(total_steps=count, frozen=frozen)
     if start is not None:
         saved = checkpoints.read_state(start)
-        checkpoints.check_same_rest(saved, frozen=frozen, total_steps=count, where=start)
+        if not force:
+            checkpoints.check_same_rest(saved, frozen=frozen, total_steps=count, where=start)
         loader.load_state_dict(saved.data)
-        state = checkpoints.load_checkpoint(start, model, optimizer)
+        state = restore(start, parallel, model, optimizer)
+        state.total_steps, state.frozen = count, frozen
         logger.info("continuing from %s", start)
 
     # The loop.
-    def save(now: checkpoints.RunState) -> None:
-        if parallel.is_main:
-            checkpoints.save_checkpoint(run_dir, model, optimizer, now, keep_last=config.keep_last)
-        parallel.barrier()
-
-    flops = FlopCount.of(model, patches=model.vision_tower.num_tokens)
-    with _loggers(config, run_dir, parallel, state.step) as loggers, stop_signals() as stop:
+    saver = Checkpointer(
+        run_dir,
+        parallel,
+        model,
+        optimizer,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        in_background=config.save_async,
+    )
+    with (
+        _loggers(config, run_dir, parallel, state.step) as loggers,
+        stop_signals() as stop,
+        Watch(config.stall_seconds, run_dir, parallel.rank) as watch,
+    ):
         training = Training(
             config=config,
             parallel=parallel,
-            model=parallel.wrap(model),
+            model=wrapped,
             optimizer=optimizer,
             schedule=schedule,
             loader=loader,
             state=state,
             window=Window(flops=flops, peak=peak_flops(parallel.device)),
-            save=save,
+            save=saver.save,
             loggers=loggers,
             should_stop=stop.is_set,
+            alive=watch.alive,
+            channel=channel,
         )
         logger.info("training on %s from step %d to %d", parallel.device, state.step, count)
-        outcome = train_loop(training)
+        try:
+            outcome = train_loop(training)
+            saver.wait()
+        except BaseException:
+            saver.abandon()
+            raise
 
     # A plain transformers directory.
     if outcome == "stopped":
         logger.info("stopped at step %d; continue with --resume", state.step)
         return RunResult(outcome, state.step, run_dir, None)
-    target = run_dir / EXPORT
-    if parallel.is_main:
-        export_model(model, processor, target, dtype=compute_dtype(config.precision))
-        logger.info("exported to %s", target)
-    parallel.barrier()
-    return RunResult(outcome, state.step, run_dir, target)
+    channel.on_main(lambda: _export(config, parallel, model, processor, run_dir))
+    logger.info("exported to %s", run_dir / EXPORT)
+    return RunResult(outcome, state.step, run_dir, run_dir / EXPORT)
+
+
+def _export(config: TrainConfig, parallel: Parallel, model: Any, processor: Any, run_dir: Path) -> Path:
+    """From the model as it stands, or, where each process holds a part of it, from its last checkpoint."""
+    if not parallel.replicated:
+        return export_run(run_dir)
+    return export_model(model, processor, run_dir / EXPORT, dtype=compute_dtype(config.precision))
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
@@ -155,20 +192,30 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
     set_trainable(model, config.train)
     set_precision(model, config.precision)
     if config.gradient_checkpointing:
-        enable_checkpointing(model.language_model)
+        enable_checkpointing(model.language_model, every_nth=config.checkpoint_every_nth)
         if not model.vision_tower.frozen:
             model.vision_tower.set_gradient_checkpointing(True)
     set_modes(model)
     return model.to(device), processor
 
 
-def enable_checkpointing(language_model: Any) -> None:
-    """Let a transformers model recompute its layers' activations in the backward pass."""
+def enable_checkpointing(language_model: Any, *, every_nth: int = 1) -> None:
+    """Let a transformers model recompute the activations of every n-th layer in the backward pass."""
     options = {"use_reentrant": False}
     if hasattr(language_model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
         language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    layers = [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every_nth == 0
+
+
+def compile_parts(model: nn.Module, parts: Sequence[str]) -> None:
+    """Let torch.compile translate some parts, in place: names of parameters stay."""
+    for part in parts:
+        logger.info("compiling %s; the first steps take minutes", part)
+        model.get_submodule(part).compile(dynamic=True)
 
 
 def seed_all(seed: int) -> None:
@@ -200,19 +247,40 @@ def export_run(run_dir: str | Path, directory: str | Path | None = None) -> Path
     return export_model(model, processor, target, dtype=compute_dtype(config.precision))
 
 
-def _open_run(config: TrainConfig, run_dir: Path, parallel: Parallel, *, resume: bool) -> Path | None:
+def _open_run(
+    config: TrainConfig, run_dir: Path, parallel: Parallel, *, resume: bool, force: bool
+) -> Path | None:
     """Claim the folder and write down config and environment; returns the checkpoint to continue from."""
     step = claim_run_dir(run_dir, resume=resume, latest_step=checkpoints.latest_step)
     start = checkpoints.latest_checkpoint(run_dir) if step is not None else None
     if start is not None:
         saved = load_yaml(run_dir / CONFIG_FILE, TrainConfig)
-        checkpoints.check_same_config(saved, config, run_dir / CONFIG_FILE)
-    if parallel.is_main:
-        checkpoints.remove_leftovers(run_dir)
-        write_text(run_dir / CONFIG_FILE, dump_yaml(config))
-        write_environment(run_dir / ENVIRONMENT_FILE, parallel.device, start_step=step or 0)
-    parallel.barrier()
+        checkpoints.check_same_config(saved, config, run_dir / CONFIG_FILE, force=force)
+    checkpoints.remove_leftovers(run_dir)
+    write_text(run_dir / CONFIG_FILE, dump_yaml(config))
+    write_environment(run_dir / ENVIRONMENT_FILE, parallel.device, start_step=step or 0)
     return start
+
+
+@contextmanager
+def main_first(parallel: Parallel) -> Iterator[None]:
+    """The first process does it, then the others, which find what it has left on the disk."""
+    if not parallel.is_main:
+        parallel.barrier()
+    yield
+    if parallel.is_main:
+        parallel.barrier()
+
+
+@contextmanager
+def reported(parallel: Parallel) -> Iterator[None]:
+    """Log with its rank what ends one of several processes; the launcher then ends the others."""
+    try:
+        yield
+    except Exception as error:
+        if parallel.world_size > 1:
+            logger.error("rank %d of %d failed: %s", parallel.rank, parallel.world_size, error, exc_info=True)
+        raise
 
 
 @contextmanager
@@ -227,25 +295,3 @@ def _loggers(
     finally:
         for each in loggers:
             each.close()
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event set by SIGTERM or Ctrl-C: the loop then saves and ends. A second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    previous: dict[signal.Signals, Any] = {}
-
-    def handle(number: int, frame: object) -> None:
-        logger.warning("received %s: saving after this step, then stopping", signal.Signals(number).name)
-        stop.set()
-        signal.signal(signal.SIGINT, previous.get(signal.SIGINT, signal.default_int_handler))
-
-    if threading.current_thread() is threading.main_thread():
-        for each in (signal.SIGTERM, signal.SIGINT):
-            previous[each] = signal.signal(each, handle)
-    try:
-        yield stop
-    finally:
-        for each, handler in previous.items():
-            with contextlib.suppress(ValueError):
-                signal.signal(each, handler)

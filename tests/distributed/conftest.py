@@ -1,0 +1,65 @@
+"""A tiny task on disk for several processes; the one of tests/training, with fewer files."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from vlmamba.testing.processes import Ended, run_ranks
+
+PROGRAMS = Path(__file__).with_name("programs.py")
+Ranks = Callable[..., list[Ended]]
+
+
+def _training_conftest() -> ModuleType:
+    path = Path(__file__).parents[1] / "training" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("training_conftest", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_shared = _training_conftest()
+weights = _shared.weights
+task = _shared.task
+quiet = _shared.quiet
+make_config = _shared.make_config
+
+
+@pytest.fixture
+def values(make_config: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """``values({"optim.lr": 1e-3}, output="a")``: the plain values of the small run."""
+
+    def make(changes: dict[str, Any] | None = None, *, output: str = "run") -> dict[str, Any]:
+        return make_config(changes, output=output).to_dict()  # type: ignore[no-any-return]
+
+    return make
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    """``ranks("train", values)``: the ends of two processes that call the function of programs.py."""
+    count = 0
+
+    def call(function: str, *arguments: Any, world_size: int = 2, **options: Any) -> list[Ended]:
+        nonlocal count
+        count += 1
+        environment = {"VLMAMBA_PROGRESS": "0", "VLMAMBA_CACHE": str(tmp_path / "cache")}
+        environment |= options.pop("environment", {})
+        return run_ranks(
+            PROGRAMS,
+            function,
+            *arguments,
+            world_size=world_size,
+            folder=tmp_path / f"ranks-{count}",
+            environment=environment,
+            **options,
+        )
+
+    return call

@@ -1,0 +1,152 @@
+"""Several processes that work together, started in a blink: forked from a server that has imported torch once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["torch", "vlmamba.training.run", "vlmamba.testing"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process ended.
+
+    Attributes:
+        exitcode: As `multiprocessing.Process.exitcode`: negative for a signal, None if it had to be killed.
+        value: What the function returned, if it did.
+        output: Its stdout and stderr.
+    """
+
+    exitcode: int | None
+    value: Any
+    output: str
+
+
+def free_port() -> int:
+    """A port of this host that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run_ranks(
+    program: Path,
+    function: str,
+    *arguments: Any,
+    world_size: int = 2,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    seconds: float = 120.0,
+) -> list[Ended]:
+    """Call a function in several processes that know of each other as torchrun's do.
+
+    Args:
+        program: A Python file, loaded by path in every process.
+        function: Its function; called with the arguments, which must be picklable.
+        world_size: How many processes; 1 is one without launcher variables.
+        folder: For outputs and results.
+        environment: Further variables.
+        seconds: After which what still runs is killed.
+    """
+    processes = start_ranks(
+        program, function, *arguments, world_size=world_size, folder=folder, environment=environment
+    )
+    return wait_for(processes, folder, seconds=seconds)
+
+
+def start_ranks(
+    program: Path,
+    function: str,
+    *arguments: Any,
+    world_size: int,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+) -> list[Any]:
+    """As `run_ranks`, without waiting."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        variables = dict(environment or {})
+        if world_size > 1:
+            variables |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            variables.setdefault("LOCAL_WORLD_SIZE", str(world_size))
+        process = context.Process(
+            target=_rank, args=(program, function, arguments, variables, folder / str(rank)), daemon=False
+        )
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def wait_for(processes: Sequence[Any], folder: Path, *, seconds: float = 120.0) -> list[Ended]:
+    """The ends of started processes; what runs longer is killed."""
+    import torch
+
+    limit = time.monotonic() + seconds
+    ends = []
+    for rank, process in enumerate(processes):
+        process.join(max(0.1, limit - time.monotonic()))
+        code = process.exitcode
+        if process.is_alive():
+            process.kill()
+            process.join()
+        result = folder / f"{rank}.result"
+        value = torch.load(result, weights_only=False) if result.is_file() else None
+        output = folder / f"{rank}.output"
+        ends.append(
+            Ended(
+                code, value, output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+            )
+        )
+    return ends
+
+
+def _rank(
+    program: Path, function: str, arguments: Sequence[Any], variables: dict[str, str], stem: Path
+) -> None:
+    import torch
+
+    with stem.with_suffix(".output").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location(program.stem, program)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[program.stem] = module
+    spec.loader.exec_module(module)
+    code = 0
+    try:
+        value = getattr(module, function)(*arguments)
+        torch.save(value, stem.with_suffix(".part"))
+        stem.with_suffix(".part").rename(stem.with_suffix(".result"))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # noqa: BLE001 - what it was is written down, and the process ends
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

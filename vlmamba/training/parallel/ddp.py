@@ -1,0 +1,40 @@
+"""DDP: every process holds the whole model and optimizer; gradients are averaged while backward runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vlmamba.training.parallel.group import GroupParallel
+
+ALWAYS_USED = ("multi_modal_projector.", "language_model.")
+"""Parts of which every parameter takes part in every forward pass. An encoder that trains may end in layers behind the
+one whose features are taken."""
+
+
+class DDP(GroupParallel):
+    """`torch.nn.parallel.DistributedDataParallel`."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model inside DDP; all processes begin with rank 0's weights."""
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=not all(name.startswith(ALWAYS_USED) for name in trained),
+        )
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged in the last micro-step only."""
+        return contextlib.nullcontext() if last else model.no_sync()  # type: ignore[operator]
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
+        """As in one process: the gradients are the same in all."""
+        return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)

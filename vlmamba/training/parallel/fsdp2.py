@@ -1,0 +1,153 @@
+"""FSDP2: parameters, gradients and optimizer states are cut along their first dimension and spread over processes.
+
+Every repeated block is a group that is gathered in one message and, after its backward, reduced and cut in one. Under
+bf16 the blocks are gathered in bf16 from fp32 masters, and gradients are reduced in fp32. Replicated, not cut:
+- parts without a trained parameter, such as the frozen encoder (unless `sharding.shard_frozen`);
+- under bf16, the parameters that the scan reads in fp32 (`KEEP_FP32`, a few MB), whose gradients are summed here.
+
+With `sharding.shard` = "grads" a block stays gathered from its forward to its backward, "full" gathers it twice.
+Source of the interface: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vlmamba.errors import ConfigError
+from vlmamba.training.config import TrainConfig
+from vlmamba.training.parallel.group import GroupParallel
+from vlmamba.training.parallel.launch import Launch
+from vlmamba.training.precision import KEEP_FP32
+
+
+class FSDP2(GroupParallel):
+    """`torch.distributed.fsdp.fully_shard`.
+
+    Args:
+        device: Where this process computes.
+        launch: Its place among the processes.
+        config: `precision` and `sharding`.
+    """
+
+    layout: Literal["whole", "shards"] = "shards"
+    replicated = False
+
+    def __init__(self, device: torch.device, launch: Launch, config: TrainConfig) -> None:
+        super().__init__(device, launch)
+        self.sharding, self.precision = config.sharding, config.precision
+        self.mesh = self._mesh()
+        self.whole: list[nn.Parameter] = []
+
+    def _mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        kind = self.device.type
+        if not self.sharding.hybrid:
+            return init_device_mesh(kind, (self.world_size,), mesh_dim_names=("shard",))
+        if self.world_size % self.launch.local_world_size:
+            raise ConfigError(
+                f"sharding.hybrid: {self.world_size} processes are not a multiple of the "
+                f"{self.launch.local_world_size} of this host; start equally many on every host."
+            )
+        shape = (self.launch.num_hosts, self.launch.local_world_size)
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Cut the model in place."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy()
+        if self.precision == "bf16":
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        ignored = self._replicated(model)
+        self.whole = [p for p in ignored if p.requires_grad]
+        options: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": policy,
+            "ignored_params": ignored,
+            "offload_policy": CPUOffloadPolicy() if self.sharding.cpu_offload else OffloadPolicy(),
+        }
+        for block in blocks(model):
+            if any(p not in ignored for p in block.parameters()):
+                fully_shard(block, reshard_after_forward=self.sharding.shard == "full", **options)
+        fully_shard(model, reshard_after_forward=False, **options)
+        return model
+
+    def _replicated(self, model: nn.Module) -> set[nn.Parameter]:
+        """Parameters that every process keeps whole."""
+        ignored: set[nn.Parameter] = set()
+        for child in model.children():
+            frozen = not any(p.requires_grad for p in child.parameters())
+            if frozen and not self.sharding.shard_frozen:
+                ignored.update(child.parameters())
+        if self.precision == "bf16":
+            ignored.update(p for name, p in model.named_parameters() if name.endswith(KEEP_FP32))
+        return ignored
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are reduced in every micro-step: kept whole, they would take the memory that cutting saves."""
+        return contextlib.nullcontext()
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
+        """The norm over all shards, the same in all processes; gradients are scaled to `max_norm` at most."""
+        self._sum_replicated()
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = global_norm(grads, self.mesh, self.device)
+        if max_norm is not None:
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            for grad in grads:
+                local_of(grad).mul_(factor.to(local_of(grad).device))
+        return norm
+
+    def _sum_replicated(self) -> None:
+        """Average the gradients of the replicated parameters, in one message."""
+        grads = [p.grad for p in self.whole if p.grad is not None]
+        if not grads:
+            return
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for grad, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks of a model: elements of the outermost module lists."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks(child)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that may be cut."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(grads: list[torch.Tensor], mesh: Any, device: torch.device) -> torch.Tensor:
+    """The 2-norm over cut and whole gradients together."""
+    from torch.distributed.tensor import DTensor
+
+    cut = [g.to_local() for g in grads if isinstance(g, DTensor)]
+    whole = [g for g in grads if not isinstance(g, DTensor)]
+    squares = _squares(cut).to(device)
+    dist.all_reduce(squares, group=mesh.get_group("shard"))
+    return (squares + _squares(whole).to(device)).sqrt()
+
+
+def _squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if not tensors:
+        return torch.zeros(())
+    return nn.utils.get_total_norm([t.float() for t in tensors]).square()
