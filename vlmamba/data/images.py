@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlmamba.data.downloads import download_hint
-from vlmamba.data.types import ImageRef
+from vlmamba.data.types import ImageRef, LazyImage
 from vlmamba.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
@@ -131,7 +131,7 @@ def open_image(
     not clipped); transparency is dropped; a side of one pixel is doubled.
 
     Args:
-        ref: File, bytes, or an open picture.
+        ref: File, bytes, how to read them, or an open picture.
         max_pixels: Limit of width x height, checked before decoding.
         max_side: Limit of either side.
         exif_transpose: Turn the picture as its EXIF orientation says (off, as in LLaVA).
@@ -147,6 +147,12 @@ def open_image(
         return _prepare(ref, "the given picture", max_pixels, max_side, exif_transpose)
     if isinstance(ref, bytes):
         return _decode(ref, f"image of {len(ref)} bytes", max_pixels, max_side, exif_transpose)
+    if isinstance(ref, LazyImage):
+        try:
+            data = ref.read()
+        except OSError as error:
+            raise ImageError(f"{ref.what} cannot be read: {error.strerror or error}") from error
+        return _decode(data, ref.what, max_pixels, max_side, exif_transpose)
     path = find_image(ref)
     if path != ref and events is not None:
         events.append("image_suffix_replaced")

@@ -1,20 +1,57 @@
-"""Where rows come from. `LLaVASource` reads LLaVA's files; others implement `vlmamba.data.types.Source`."""
+"""Where rows come from: LLaVA's files here, Hugging Face datasets and tar shards in files of their own. Another kind
+implements `vlmamba.data.types.Source`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlmamba.data.conversation import OrphanTokens, parse_row
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.data.images import resolve_image_path
 from vlmamba.data.index import RowFile
-from vlmamba.data.types import RowError, Sample, Source
+from vlmamba.data.types import ImageRef, RowError, Sample, Source
 from vlmamba.errors import DataError, ImageError, MissingFileError
 from vlmamba.registry import Registry
 
 SOURCES: Registry[type] = Registry("data source")
 SOURCES.add("llava", "vlmamba.data.sources:LLaVASource")
+SOURCES.add("hf", "vlmamba.data.huggingface:HuggingFaceSource")
+SOURCES.add("webdataset", "vlmamba.data.shards:ShardSource")
+
+
+def sample_of(
+    row: object,
+    images: Sequence[ImageRef],
+    *,
+    source: str,
+    number: int,
+    where: str,
+    orphan_tokens: OrphanTokens,
+) -> Sample:
+    """A sample of a row whose images are at hand.
+
+    Args:
+        row: As `vlmamba.data.conversation.parse_row` takes it; what it says about its images is not looked at.
+        images: All its images, in order.
+        source, number, where: Name of the source, number of the row, its place.
+        orphan_tokens: See `parse_row`.
+
+    Raises:
+        RowError: The row is wrong, with its place and id.
+    """
+    row_id = row.get("id") if isinstance(row, Mapping) else None
+    row_id = row_id if isinstance(row_id, str | int) else None
+    if isinstance(row, Mapping):
+        row = {**row, "image": None, "images": [str(i) for i in range(len(images))]}
+    try:
+        conversation = parse_row(row, orphan_tokens=orphan_tokens)
+    except RowError as error:
+        raise RowError(error.reason, where, row_id, error.kind) from None
+    kept = tuple(images)[: len(conversation.images)]
+    return Sample(row_id, conversation.messages, kept, source, number, where, conversation.events)
 
 
 class LLaVASource:
@@ -100,7 +137,7 @@ def source_fingerprint(source: Source) -> str | None:
 
 
 def build_source(kind: str = "llava", **options: object) -> Source:
-    """A source by the name of its kind ("llava") and its constructor's options.
+    """A source by the name of its kind ("llava", "hf", "webdataset") and its constructor's options.
 
     Raises:
         ConfigError: The kind is unknown.

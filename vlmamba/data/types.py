@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +16,22 @@ Message = dict[str, Any]
 """``{"role": "system"|"user"|"assistant", "content": [{"type": "image"} | {"type": "text", "text": str},
 ...]}``."""
 
-ImageRef = Path | bytes | Image.Image
-"""An image as a source names it: a file, the bytes of a file, or a picture already open."""
+
+@dataclass(frozen=True)
+class LazyImage:
+    """An image file inside something larger (a shard, a table), read when it is needed.
+
+    Attributes:
+        what: What it is called in messages.
+        read: Its bytes. Raises OSError when they cannot be had.
+    """
+
+    what: str
+    read: Callable[[], bytes]
+
+
+ImageRef = Path | bytes | LazyImage | Image.Image
+"""An image as a source names it: a file, the bytes of a file, how to read them, or a picture already open."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""Hugging Face datasets as sources, by row or from beginning to end.
+
+Conversations are in a column ``conversations`` (LLaVA's turns) or ``messages`` (roles and contents), images in
+``image`` or ``images``: pictures stored in the table, or paths below an image root. Rows are read from the memory
+mapped table without copying its pictures, so measuring the texts of a million rows touches no image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmamba.data.conversation import OrphanTokens
+from vlmamba.data.images import resolve_image_path
+from vlmamba.data.sources import sample_of
+from vlmamba.data.types import ImageRef, LazyImage, RowError, Sample
+from vlmamba.errors import DataError, ImageError, MissingFileError, require
+
+TEXT_COLUMNS = ("conversations", "messages")
+IMAGE_COLUMNS = ("image", "images")
+
+
+class HuggingFaceSource:
+    """A data set of the `datasets` library with random access.
+
+    Args:
+        annotations: A name on the hub, a folder of ``save_to_disk``, a folder of parquet files, or a
+            `datasets.Dataset`.
+        image_root: Where image paths start from, when the table holds paths.
+        name: A name for logs.
+        split: Which split.
+        subset: The configuration of a data set on the hub that has several.
+        orphan_tokens: See `vlmamba.data.conversation.parse_row`.
+        hint: Where it can be had, for the message when it is missing.
+
+    Raises:
+        MissingFileError: It is neither here nor on the hub.
+        DataError: It has no column of conversations, or several splits and not the one asked for.
+    """
+
+    def __init__(
+        self,
+        annotations: Any,
+        image_root: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        subset: str | None = None,
+        orphan_tokens: OrphanTokens = "reject",
+        hint: str = "",
+    ) -> None:
+        dataset = _open(annotations, split, subset, hint, streaming=False)
+        self.name = name or _name(annotations)
+        self.columns = _Columns(dataset.column_names, self.name, image_root)
+        self.orphan_tokens: OrphanTokens = orphan_tokens
+        pyarrow = require("pyarrow", extra="train", feature="reading Hugging Face datasets")
+        self._table = dataset.select_columns(self.columns.needed).with_format("arrow")
+        kind = None if self.columns.image is None else dataset.data.schema.field(self.columns.image).type
+        self._many = kind is not None and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data set, or how its rows are read, changes."""
+        return f"hf:{self._table._fingerprint}:{self.orphan_tokens}"
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> Sample:
+        """Row number `row`.
+
+        Raises:
+            RowError: The row is wrong.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
+        table = self._table[row]
+        where = f"{self.name}:row {row}"
+        values = {key: table.column(key)[0].as_py() for key in self.columns.plain}
+        images: list[ImageRef] = []
+        if self.columns.image is not None:
+            cell = table.column(self.columns.image)[0]
+            cells = list(cell) if self._many and cell.is_valid else [cell]
+            images = [
+                self._image(c, f"image {n} of {where}", where) for n, c in enumerate(cells) if c.is_valid
+            ]
+        return sample_of(
+            self.columns.row(values),
+            images,
+            source=self.name,
+            number=row,
+            where=where,
+            orphan_tokens=self.orphan_tokens,
+        )
+
+    def _image(self, cell: Any, what: str, where: str) -> ImageRef:
+        """A struct of bytes and path, or a path."""
+        if not hasattr(cell, "keys"):
+            return self.columns.path(cell.as_py(), where)
+        if "bytes" in cell and cell["bytes"].is_valid:
+            return LazyImage(what, cell["bytes"].as_py)
+        return self.columns.path(cell["path"].as_py() if "path" in cell else None, where)
+
+
+class HuggingFaceStream:
+    """A data set of the `datasets` library read from beginning to end, a shard (a file of it) at a time.
+
+    Args: as `HuggingFaceSource`; `annotations` may also be a `datasets.IterableDataset`.
+    """
+
+    def __init__(
+        self,
+        annotations: Any,
+        image_root: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        subset: str | None = None,
+        orphan_tokens: OrphanTokens = "reject",
+        hint: str = "",
+    ) -> None:
+        dataset = _open(annotations, split, subset, hint, streaming=True)
+        self.name = name or _name(annotations)
+        names = dataset.column_names
+        if names is None:
+            dataset = dataset._resolve_features()
+            names = dataset.column_names
+        self.columns = _Columns(names, self.name, image_root)
+        self.orphan_tokens: OrphanTokens = orphan_tokens
+        self._dataset = dataset.select_columns(self.columns.needed).decode(False)
+        self.num_shards = int(dataset.num_shards)
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Sample | RowError]:
+        """The rows of a shard from row `start` on; a row that cannot be used comes as its error."""
+        rows = self._dataset.shard(num_shards=self.num_shards, index=shard)
+        for number, row in enumerate(rows.skip(start) if start else rows, start=start):
+            where = f"{self.name}:shard {shard}, row {number}"
+            try:
+                value = row.get(self.columns.image) if self.columns.image is not None else None
+                values = value if isinstance(value, list) else [value]
+                images = [self._image(v, where) for v in values if v is not None]
+                yield sample_of(
+                    self.columns.row(row),
+                    images,
+                    source=self.name,
+                    number=number,
+                    where=where,
+                    orphan_tokens=self.orphan_tokens,
+                )
+            except RowError as error:
+                yield error
+
+    def _image(self, value: Any, where: str) -> ImageRef:
+        if isinstance(value, Mapping):
+            if value.get("bytes") is not None:
+                return bytes(value["bytes"])
+            value = value.get("path")
+        return self.columns.path(value, where)
+
+
+class _Columns:
+    """Which columns are read, and how."""
+
+    def __init__(self, names: list[str], source: str, image_root: str | os.PathLike[str] | None) -> None:
+        text = next((key for key in TEXT_COLUMNS if key in names), None)
+        if text is None:
+            raise DataError(
+                f"the data set {source} has no column 'conversations' or 'messages'; its columns are "
+                f"{sorted(names)}. Rename one with datasets' rename_column."
+            )
+        self.text = text
+        self.image = next((key for key in IMAGE_COLUMNS if key in names), None)
+        self.plain = [text, *(["id"] if "id" in names else [])]
+        self.needed = [*self.plain, *([self.image] if self.image is not None else [])]
+        self.image_root = None if image_root is None else Path(image_root).expanduser().absolute()
+
+    def row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Id and turns. Older files store a list of turns as one dictionary of lists."""
+        turns = values[self.text]
+        if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
+            turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
+        return {"id": values.get("id"), self.text: turns}
+
+    def path(self, value: object, where: str) -> Path:
+        """The file a path of the table means."""
+        if not isinstance(value, str):
+            raise RowError("an image has neither bytes nor a path", where, kind="image")
+        if self.image_root is None:
+            raise RowError(
+                f"the row names the image {value!r} but the source has no image_root; set it",
+                where,
+                kind="image",
+            )
+        try:
+            return resolve_image_path(self.image_root, value)
+        except ImageError as error:
+            raise RowError(str(error), where, kind="image") from error
+
+
+def _name(annotations: Any) -> str:
+    return Path(annotations).name if isinstance(annotations, str | os.PathLike) else "dataset"
+
+
+def _open(annotations: Any, split: str, subset: str | None, hint: str, *, streaming: bool) -> Any:
+    """A `Dataset` or `IterableDataset`."""
+    datasets = require("datasets", extra="train", feature="reading Hugging Face datasets")
+    if not isinstance(annotations, str | os.PathLike):
+        return annotations
+    folder = Path(annotations).expanduser()
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        dataset = datasets.load_from_disk(str(folder))
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise DataError(f"{folder} has the splits {sorted(dataset)}, not {split!r}; set split")
+            dataset = dataset[split]
+        return dataset.to_iterable_dataset(num_shards=_shards(dataset)) if streaming else dataset
+    try:
+        return datasets.load_dataset(str(annotations), subset, split=split, streaming=streaming)
+    except (OSError, ValueError) as error:
+        get = f" Get it from {hint}." if hint else ""
+        raise MissingFileError(
+            f"the data set {annotations} cannot be opened ({type(error).__name__}: {error}).{get} It is a name on the "
+            "hub, a folder written by save_to_disk, or a folder of parquet files."
+        ) from error
+
+
+def _shards(dataset: Any) -> int:
+    """So many pieces that each has rows enough to be worth a reader of its own."""
+    return max(1, min(1024, len(dataset) // 64))
