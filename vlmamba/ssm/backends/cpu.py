@@ -1,7 +1,7 @@
 """The native scan for the CPU: `vlmamba/ssm/native`, called through ctypes.
 
 Compiled on first use (`cpu_build`). Results are the same bits in every run and for any number of threads,
-which follows `torch.set_num_threads`. Forward keeps the inputs and the state at every 32nd token; backward
+which follows `torch.set_num_threads`. Forward keeps the inputs and the state at every 16th token; backward
 computes the states again. Half-precision inputs are computed in float32. The convolution is
 that of the `torch` backend.
 

@@ -23,18 +23,15 @@ struct BlockWork {
   }
 };
 
-// What a tile keeps of each token and state: the state before it and the decay, and the sums of dB and dC
-// over blocks. In pairs: as arrays of their own they would lie multiples of 4096 bytes apart, where loads
-// wait for unrelated stores.
+// What a tile keeps of each token and state: the state before it and the decay, in pairs: as arrays of their
+// own they would lie multiples of 4096 bytes apart, where loads wait for unrelated stores. And the sums of dB
+// and dC over blocks: of each token first TILE of dB, then TILE of dC.
 struct Step {
   V before, decay;
 };
-struct Sums {
-  V dB, dC;
-};
 struct TileWork {
   Step *steps;
-  Sums *sums;
+  V *sums;
 };
 
 template <int TILE>
@@ -65,11 +62,10 @@ void backward_tile(const Chunk &chunk, int64_t size, int64_t n, const BlockWork 
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) {
       const Step &step = tile.steps[t * TILE + i];
-      Sums &sums = tile.sums[t * TILE + i];
       const float b = B.p[n + i], c = C.p[n + i];
       dh[i] += inner * c;
-      sums.dC += inner * h[i];
-      sums.dB += dh[i] * input;
+      tile.sums[(2 * t + 1) * TILE + i] += inner * h[i];
+      tile.sums[2 * t * TILE + i] += dh[i] * input;
       d_input += dh[i] * b;
       y += h[i] * c;
       dh[i] *= step.decay;
@@ -85,44 +81,67 @@ void backward_tile(const Chunk &chunk, int64_t size, int64_t n, const BlockWork 
   for (int i = 0; i < TILE; ++i) w.carry[n + i] = dh[i], w.dA[n + i] = dA[i];
 }
 
-// What the tokens of a chunk bring to one block: read before the tiles.
-static inline void open_block(const Arguments &a, const Unit &unit, const Chunk &chunk, int64_t d, int lanes,
-                const BlockWork &w) {
-  const V bias = a.bias ? load(a.bias + d, lanes) : V{};
-  for (int t = 0; t < chunk.steps; ++t) {
-    const int64_t token = chunk.token + t * unit.direction;
-    const V raw = load(a.dt + unit.row * a.dt_row + token * a.dt_step + d, lanes) + bias;
-    w.delta[t] = a.softplus ? softplus(raw) : raw;
-    w.slope[t] = a.softplus ? sigmoid(raw).value : splat(1.0f);
-    w.input[t] = w.delta[t] * load(a.u + unit.row * a.u_row + token * a.u_step + d, lanes);
-    const V dy = a.dy ? load(a.dy + unit.row * a.dy_row + token * a.dy_step + d, lanes) : V{};
-    w.inner[t] = dy;
-    if (a.z) {
-      const V z = load(a.z + unit.row * a.z_row + token * a.z_step + d, lanes);
-      const Sigmoid s = sigmoid(z);
-      w.inner[t] = dy * (z * s.value);
-      w.gate[t] = dy * s.value * (1.0f + z * s.rest);
+// Reads what the tokens of a chunk bring, token by token, and lets the next chunk's come nearer.
+static inline void backward_open(const Arguments &a, const Plan &plan, const Unit &unit, const Chunk &chunk,
+                                 const BlockWork *blocks) {
+  for (int t = chunk.steps - 1; t >= 0; --t) {
+    const int64_t token = chunk.token + t * unit.direction, ahead = -STEPS * unit.direction;
+    const float *u = a.u + unit.row * a.u_row + token * a.u_step;
+    const float *dt = a.dt + unit.row * a.dt_row + token * a.dt_step;
+    const float *z = a.z ? a.z + unit.row * a.z_row + token * a.z_step : nullptr;
+    const float *dy = a.dy ? a.dy + unit.row * a.dy_row + token * a.dy_step : nullptr;
+    const int64_t out = (unit.row * a.length + token) * a.channels;
+    for (int64_t k = 0; k < unit.count; ++k) {
+      const BlockWork &w = blocks[k];
+      const int64_t d = unit.channel(plan, k);
+      const int lanes = unit.lanes(plan, k);
+      V delta = load(dt + d, lanes), slope = splat(1.0f);
+      if (a.bias) delta += load(a.bias + d, lanes);
+      if (a.softplus) slope = sigmoid(delta).value, delta = softplus(delta);
+      w.delta[t] = delta, w.slope[t] = slope;
+      w.input[t] = delta * load(u + d, lanes);
+      V inner = dy ? load(dy + d, lanes) : V{};
+      if (z) {
+        const V gate = load(z + d, lanes);
+        const Sigmoid s = sigmoid(gate);
+        w.gate[t] = inner * s.value * (1.0f + gate * s.rest);
+        inner *= gate * s.value;
+        soon(z + d + ahead * a.z_step);
+      }
+      w.inner[t] = inner;
+      w.d_delta[t] = w.d_input[t] = w.y[t] = V{};
+      soon(u + d + ahead * a.u_step), soon(dt + d + ahead * a.dt_step);
+      if (dy) soon(dy + d + ahead * a.dy_step);
+      soon_written(a.du + out + d), soon_written(a.ddt + out + d);
+      if (z) soon_written(a.dz + out + d);
     }
-    w.d_delta[t] = w.d_input[t] = w.y[t] = V{};
   }
 }
 
-// Carries the gradients of the inner quantities on to the inputs: after the tiles.
-static inline void close_block(const Arguments &a, const Unit &unit, const Chunk &chunk, int64_t d, int lanes,
-                 const BlockWork &w) {
-  const V skip = a.D ? load(a.D + d, lanes) : V{};
+// Carries the gradients of the inner quantities on to the inputs.
+static inline void backward_close(const Arguments &a, const Plan &plan, const Unit &unit, const Chunk &chunk,
+                                  const BlockWork *blocks) {
   for (int t = chunk.steps - 1; t >= 0; --t) {
     const int64_t token = chunk.token + t * unit.direction;
-    const int64_t out = (unit.row * a.length + token) * a.channels + d;
-    const V u = load(a.u + unit.row * a.u_row + token * a.u_step + d, lanes);
-    const V d_raw = (w.d_delta[t] * LN2 + w.d_input[t] * u) * w.slope[t];
-    store(a.ddt + out, d_raw, lanes);
-    V du = w.d_input[t] * w.delta[t], y = w.y[t];
-    if (a.D) du += w.inner[t] * skip, y += u * skip;
-    store(a.du + out, du, lanes);
-    if (a.z) store(a.dz + out, w.gate[t] * y, lanes);
-    *w.dbias += d_raw;
-    *w.dD += w.inner[t] * u;
+    const float *all_u = a.u + unit.row * a.u_row + token * a.u_step;
+    for (int64_t k = 0; k < unit.count; ++k) {
+      const BlockWork &w = blocks[k];
+      const int64_t d = unit.channel(plan, k);
+      const int lanes = unit.lanes(plan, k);
+      const int64_t out = (unit.row * a.length + token) * a.channels + d;
+      const V u = load(all_u + d, lanes);
+      const V d_raw = (w.d_delta[t] * LN2 + w.d_input[t] * u) * w.slope[t];
+      store(a.ddt + out, d_raw, lanes);
+      V du = w.d_input[t] * w.delta[t], y = w.y[t];
+      if (a.D) {
+        const V skip = load(a.D + d, lanes);
+        du += w.inner[t] * skip, y += u * skip;
+      }
+      store(a.du + out, du, lanes);
+      if (a.z) store(a.dz + out, w.gate[t] * y, lanes);
+      *w.dbias += d_raw;
+      *w.dD += w.inner[t] * u;
+    }
   }
 }
 
@@ -148,18 +167,23 @@ void backward_tiles(const Arguments &a, const Plan &plan, const Unit &unit, cons
                     int64_t n, const BlockWork *blocks, TileWork tile, const Partials &sums) {
   const Side B = side(a.B, a.B_row, a.B_step, a.B_group, unit, chunk);
   const Side C = side(a.C, a.C_row, a.C_step, a.C_group, unit, chunk);
-  for (int i = 0; i < chunk.steps * TILE; ++i) tile.sums[i] = Sums{};
+  constexpr int TOKENS = LANES / (2 * TILE);  // whose sums fill one vector
+  for (int i = 0; i < (chunk.steps + TOKENS - 1) / TOKENS * LANES; ++i) tile.sums[i] = V{};
   for (int64_t k = 0; k < unit.count; ++k) {
     const float *saved = a.saved + (unit.block_index(a, plan, k) * plan.chunks + c) * a.size * LANES;
     backward_tile<TILE>(chunk, a.size, n, blocks[k], (const V *)saved, B, C, tile);
   }
-  for (int t = 0; t < chunk.steps; ++t)
-    for (int i = 0; i < TILE; ++i) {
+  for (int first = 0; first < chunk.steps; first += TOKENS) {
+    float all[LANES];
+    const V sum = lane_sums(tile.sums + first * 2 * TILE);
+    std::memcpy(all, &sum, sizeof all);
+    for (int t = first; t < first + TOKENS && t < chunk.steps; ++t) {
       const int64_t token = chunk.token + t * unit.direction;
-      const int64_t place = unit.number * plan.matrix + token * a.size + n + i;
-      sums.dB[place] = lane_sum(tile.sums[t * TILE + i].dB);
-      sums.dC[place] = lane_sum(tile.sums[t * TILE + i].dC);
+      const int64_t place = unit.number * plan.matrix + token * a.size + n;
+      std::memcpy(sums.dB + place, all + (t - first) * 2 * TILE, TILE * sizeof(float));
+      std::memcpy(sums.dC + place, all + (t - first) * 2 * TILE + TILE, TILE * sizeof(float));
     }
+  }
 }
 
 static inline void backward_unit(const Arguments &a, const Plan &plan, const Unit &unit, V *work,
@@ -167,8 +191,8 @@ static inline void backward_unit(const Arguments &a, const Plan &plan, const Uni
   const int64_t N = a.size;
   TileWork tile;
   tile.steps = (Step *)work;
-  tile.sums = (Sums *)(tile.steps + STEPS * BACKWARD_TILE);
-  V *next = (V *)(tile.sums + STEPS * BACKWARD_TILE);
+  tile.sums = (V *)(tile.steps + STEPS * BACKWARD_TILE);
+  V *next = tile.sums + 2 * STEPS * BACKWARD_TILE + LANES;
   BlockWork *blocks = (BlockWork *)__builtin_alloca(plan.set * sizeof(BlockWork));
   for (int64_t k = 0; k < unit.count; ++k) {
     const BlockWork &w = *new (blocks + k) BlockWork(next, N, plan.asked_numbers(a));
@@ -181,10 +205,9 @@ static inline void backward_unit(const Arguments &a, const Plan &plan, const Uni
   }
   for (int64_t c = plan.chunks - 1; c >= 0; --c) {
     Chunk chunk(a, unit, c);
-    for (int64_t k = 0; k < unit.count; ++k) {
+    backward_open(a, plan, unit, chunk, blocks);
+    for (int64_t k = 0; chunk.asked && k < unit.count; ++k) {
       const int64_t d = unit.channel(plan, k);
-      open_block(a, unit, chunk, d, unit.lanes(plan, k), blocks[k]);
-      if (!chunk.asked) continue;
       for (int64_t i = 0; i < chunk.steps * N; ++i) blocks[k].asked[i] = V{};
       if (a.d_states)
         each_asked(a, unit, chunk, d, [&](int64_t t, int64_t place) {
@@ -195,8 +218,7 @@ static inline void backward_unit(const Arguments &a, const Plan &plan, const Uni
     for (; n + BACKWARD_TILE <= N; n += BACKWARD_TILE)
       backward_tiles<BACKWARD_TILE>(a, plan, unit, chunk, c, n, blocks, tile, sums);
     for (; n < N; ++n) backward_tiles<1>(a, plan, unit, chunk, c, n, blocks, tile, sums);
-    for (int64_t k = 0; k < unit.count; ++k)
-      close_block(a, unit, chunk, unit.channel(plan, k), unit.lanes(plan, k), blocks[k]);
+    backward_close(a, plan, unit, chunk, blocks);
   }
   for (int64_t k = 0; k < unit.count; ++k) {
     const int64_t index = unit.block_index(a, plan, k);

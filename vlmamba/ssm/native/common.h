@@ -6,7 +6,7 @@
 
 namespace vlm {
 
-constexpr int STEPS = 32;
+constexpr int STEPS = 16;
 constexpr int FORWARD_TILE = LANES == 16 ? 8 : 4;
 constexpr int BACKWARD_TILE = LANES == 16 ? 4 : 2;
 constexpr uint8_t RESET = 1, ASKED = 2;
@@ -44,10 +44,10 @@ struct Plan {
   int64_t asked_numbers(const Arguments &a) const { return a.asked ? STEPS * a.size : 0; }
   // Vectors of scratch memory of one thread.
   int64_t forward_scratch(const Arguments &a) const {
-    return 3 * STEPS + 2 * set * a.size + asked_numbers(a);
+    return asked_numbers(a) + set * (3 * STEPS + 2 * a.size);
   }
   int64_t backward_scratch(const Arguments &a) const {
-    const int64_t tile = 4 * STEPS * BACKWARD_TILE;
+    const int64_t tile = 4 * STEPS * BACKWARD_TILE + LANES;
     return tile + set * (8 * STEPS + 3 * a.size + 2 + asked_numbers(a));
   }
 };

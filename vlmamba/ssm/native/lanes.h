@@ -62,30 +62,40 @@ static inline void store(float *p, V v, int count) {
 #endif
 }
 
-// Sum over the lanes, always in the same order.
-static inline float lane_sum(V v) {
+// Sums over the lanes of LANES vectors, always in the same order: lane i becomes the sum of v[i], which is
+// overwritten. Pairs of vectors are folded into one until one is left.
+static inline V lane_sums(V *v) {
 #if VLM_AVX512
-  return _mm512_reduce_add_ps((__m512)v);
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step; step /= 2) {
+    const __mmask16 second = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(step));
+    const __m512i other = _mm512_mask_add_epi32(_mm512_xor_epi32(lane, _mm512_set1_epi32(step)), second,
+                                                _mm512_xor_epi32(lane, _mm512_set1_epi32(step)),
+                                                _mm512_set1_epi32(LANES));
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) {
+      const __m512 a = (__m512)v[i], b = (__m512)v[i + step];
+      v[i] = (V)_mm512_mask_blend_ps(second, a, b) + (V)_mm512_permutex2var_ps(a, other, b);
+    }
+  }
+  return v[0];
 #else
-  float x[LANES];
-  std::memcpy(x, &v, sizeof v);
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
+  V all;
+  for (int i = 0; i < LANES; ++i) {
+    float x[LANES];
+    std::memcpy(x, v + i, sizeof x);
+    for (int width = LANES / 2; width; width /= 2)
+      for (int k = 0; k < width; ++k) x[k] += x[k + width];
+    all[i] = x[0];
+  }
+  return all;
 #endif
 }
 
-// 2^x, to 1e-7 of its value; zero below 2^-127, NaN stays NaN. 2^r = 1 + r q(r) on [-1/2, 1/2] with q fitted
-// for the smallest relative error (9e-8), so that 2^0 is exactly 1.
-static inline V exp2v(V x) {
-#if VLM_AVX512
-  const V r = (V)_mm512_reduce_ps((__m512)x, 0x08), k = x - r;
-#else
-  const V low = splat(-127.0f), high = splat(128.0f), magic = splat(12582912.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const V k = (x + magic) - magic, r = x - k;
-#endif
+// 2^(k + r) for a whole k and r in [-1/2, 1/2], to 1e-7 of its value; zero for k <= -127, NaN stays NaN.
+// 2^r = 1 + r q(r) with q fitted for the smallest relative error (9e-8), so that 2^0 is exactly 1.
+static inline V exp2_parts(V k, V r) {
   V p = r * 0.00132651199f + 0.00967149986f;
   p = p * r + 0.055507323f;
   p = p * r + 0.240222424f;
@@ -98,21 +108,41 @@ static inline V exp2v(V x) {
 #endif
 }
 
-// exp(-|x|): the argument is reduced by ln 2 in two parts, so that it is accurate however large |x| is.
+// 2^x.
+static inline V exp2v(V x) {
+#if VLM_AVX512
+  const V r = (V)_mm512_reduce_ps((__m512)x, 0x08), k = x - r;
+#else
+  const V low = splat(-127.0f), high = splat(128.0f), magic = splat(12582912.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const V k = (x + magic) - magic, r = x - k;
+#endif
+  return exp2_parts(k, r);
+}
+
+// exp(-|x|): log2(e) in two parts, so that it is accurate however large |x| is.
 static inline V exp_minus_abs(V x) {
   const V low = splat(-88.0f), magic = splat(12582912.0f);
   x = x > 0.0f ? -x : x;
-  const V under = x < low ? splat(0.0f) : splat(1.0f);
   x = x < low ? low : x;
   const V k = (x * LOG2E + magic) - magic;
-  const V r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-  const V p = exp2v(r * LOG2E);
-  return p * (V)((__builtin_convertvector(k, IV) + 127) << 23) * under;
+  return exp2_parts(k, (x * LOG2E - k) + x * 1.92596299e-8f);
+}
+
+// 1 / x for x in [1, 3]; a division takes the processor four times as long.
+static inline V inverse(V x) {
+#if VLM_AVX512
+  const V guess = (V)_mm512_rcp14_ps((__m512)x);
+  return guess + guess * (1.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
 }
 
 // log(1 + e) for e in [0, 1], by 2 artanh(e / (2 + e)).
 static inline V log1p_unit(V e) {
-  const V s = e / (e + 2.0f), q = s * s;
+  const V s = e * inverse(e + 2.0f), q = s * s;
   V p = q * 0.281783348f + 0.279606032f;
   p = p * q + 0.400249102f;
   p = p * q + 0.666663147f;
@@ -128,9 +158,13 @@ struct Sigmoid {
 };
 
 static inline Sigmoid sigmoid(V x) {
-  const V e = exp_minus_abs(x), large = 1.0f / (e + 1.0f), small = e * large;
+  const V e = exp_minus_abs(x), large = inverse(e + 1.0f), small = e * large;
   return {x > 0.0f ? large : small, x > 0.0f ? small : large};
 }
+
+// The line at p will be read, or written, soon.
+static inline void soon(const float *p) { __builtin_prefetch(p, 0, 2); }
+static inline void soon_written(float *p) { __builtin_prefetch(p, 1, 3); }
 
 // Numbers too small for the normal range count as zero while this lives: they are slow and mean nothing here.
 struct FlushSmall {
