@@ -78,7 +78,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
 ) -> None:
     cache.write_text("not a folder")
     assert len(RowFile(write(tmp_path / "rows.json", ROWS))) == 40
-    assert "they are found anew next time" in caplog.text
+    assert "is found anew next time" in caplog.text
 
 
 def test_a_list_cut_in_the_middle_is_named_with_row_and_byte(tmp_path: Path, cache: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -51,3 +54,11 @@ def save_array(path: Path, values: np.ndarray) -> None:
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def keep_array(path: Path, values: np.ndarray) -> None:
+    """As `save_array`, but a cache folder that cannot be written costs time and no more."""
+    try:
+        save_array(path, values)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); what is in it is found anew next time", path, error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import logging
 import os
 from array import array
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from vlmamba.data.cache import cache_folder, cache_name, file_key, load_array, save_array
+from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.errors import DataError, MissingFileError
-
-logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 22
 _VERSION = 1
@@ -57,7 +54,7 @@ class RowFile:
         if table is None:
             table = self._find_rows()
             if size >= KEPT_FROM:
-                _keep(kept, table)
+                keep_array(kept, table)
         self._table = table
         self._handle: tuple[int, int] | None = None
 
@@ -114,16 +111,6 @@ class RowFile:
         handle = getattr(self, "_handle", None)
         if handle is not None and handle[0] == os.getpid():
             os.close(handle[1])
-
-
-def _keep(path: Path, table: np.ndarray) -> None:
-    """A cache folder that cannot be written costs time, no more."""
-    try:
-        save_array(path, table)
-    except OSError as error:
-        logger.warning(
-            "the offsets of rows cannot be kept in %s (%s); they are found anew next time", path, error
-        )
 
 
 def _index_lines(file: BinaryIO, path: Path) -> tuple[array[int], array[int], array[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlmamba.data.cache import cache_name, load_array, save_array
+from vlmamba.data.cache import cache_name, keep_array, load_array
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.sources import source_fingerprint
 from vlmamba.data.types import RowError
@@ -108,7 +108,7 @@ def compute_lengths(
             begin += len(chunk)
             bar.update(len(chunk))
     if path is not None:
-        save_array(path, values)
+        keep_array(path, values)
     return LengthTable(values)
 
 

@@ -1,0 +1,287 @@
+"""WebDataset shards as sources: tar files whose members of one name are a sample.
+
+    000123.jpg  000123.json             a row in LLaVA's format (or messages), its pictures beside it
+    000124.jpg  000124.txt              a picture and its caption (img2dataset's layout)
+    000125.0.png  000125.1.png  000125.json
+
+The name of a sample is that of its members up to the first dot; members of a sample follow one another (webdataset's
+convention, https://github.com/webdataset/webdataset#the-webdataset-format). Pictures belong to the row in the order
+of the file.
+
+`ShardSource` finds the members of shards on disk once, keeps where they are, and reads any row directly: with lengths
+known ahead, packing, grouping and exact resuming work as for other files. `ShardStream` reads shards from beginning to
+end, from anywhere `fsspec` reaches.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array
+from vlmamba.data.conversation import OrphanTokens
+from vlmamba.data.downloads import missing_file_message
+from vlmamba.data.sources import sample_of
+from vlmamba.data.types import ImageRef, LazyImage, RowError, Sample
+from vlmamba.errors import DataError, MissingFileError, require
+
+TEXTS = ("json", "txt", "caption")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "img")
+_KINDS = TEXTS + PICTURES
+_VERSION = 1
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def shard_names(pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The shards a pattern means, in order.
+
+    Args:
+        pattern: A tar file, a folder of them, a glob (``shards/*.tar``), webdataset's numbering
+            (``shards/{00000..00127}.tar``), or a list of those.
+    """
+    if not isinstance(pattern, str | os.PathLike):
+        return [name for part in pattern for name in shard_names(part)]
+    text = str(pattern)
+    if found := _BRACES.search(text):
+        first, last = found.groups()
+        names = [
+            f"{text[: found.start()]}{number:0{len(first)}}{text[found.end() :]}"
+            for number in range(int(first), int(last) + 1)
+        ]
+        return [name for part in names for name in shard_names(part)]
+    if "://" in text:
+        return [text]
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return sorted(str(file) for file in path.glob("*.tar"))
+    if glob.has_magic(text):
+        return sorted(glob.glob(str(path)))  # noqa: PTH207 (a pattern may be absolute)
+    return [str(path)]
+
+
+class ShardSource:
+    """Tar shards on disk with random access.
+
+    Args:
+        annotations: See `shard_names`.
+        image_root: Not used; for the likeness to other sources.
+        name: A name for logs.
+        orphan_tokens: See `vlmamba.data.conversation.parse_row`.
+        hint: Where the shards can be had, for the message when they are missing.
+        progress: Show a bar while members are looked for.
+
+    Raises:
+        MissingFileError: There is no such shard.
+        DataError: A shard is no tar file, is cut off, or is compressed.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        image_root: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        orphan_tokens: OrphanTokens = "reject",
+        hint: str = "",
+        progress: bool = False,
+    ) -> None:
+        self.shards = [Path(shard).absolute() for shard in _existing(annotations, hint)]
+        self.name = name or self.shards[0].parent.name
+        self.orphan_tokens: OrphanTokens = orphan_tokens
+        bar = tqdm(self.shards, desc="finding the rows of shards", unit="shard", disable=not progress)
+        self._members = [_members(shard) for shard in bar]
+        counts = [int(table[-1, 0]) + 1 if len(table) else 0 for table in self._members]
+        self._ends = np.cumsum(counts)
+        self._first = [
+            np.searchsorted(t[:, 0], np.arange(n + 1)) for t, n in zip(self._members, counts, strict=True)
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a shard, or how its rows are read, changes."""
+        return f"webdataset:{[file_key(shard) for shard in self.shards]}:{self.orphan_tokens}"
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, row: int) -> Sample:
+        """Row number `row`, counted through all shards.
+
+        Raises:
+            RowError: The row is wrong.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        local = row - (int(self._ends[shard - 1]) if shard else 0)
+        first, last = self._first[shard][local : local + 2]
+        path = self.shards[shard]
+        key = _key_at(path, int(self._members[shard][first, 2]))
+        members = [
+            (_KINDS[kind], partial(_read, path, offset, size))
+            for _, kind, offset, size in self._members[shard][first:last].tolist()
+        ]
+        return _sample(members, key, self.name, row, f"{path}:{key}", self.orphan_tokens)
+
+
+class ShardStream:
+    """Tar shards read from beginning to end; also compressed, and from addresses that `fsspec` reads.
+
+    Args: as `ShardSource`.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        image_root: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        orphan_tokens: OrphanTokens = "reject",
+        hint: str = "",
+    ) -> None:
+        self.shards = _existing(annotations, hint)
+        self.name = name or Path(self.shards[0]).parent.name
+        self.orphan_tokens: OrphanTokens = orphan_tokens
+        self.num_shards = len(self.shards)
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Sample | RowError]:
+        """The rows of a shard from row `start` on; a row that cannot be used comes as its error.
+
+        Raises:
+            DataError: The shard is no tar file or is cut off.
+        """
+        fsspec = require("fsspec", extra="train", feature="streaming shards")
+        name = self.shards[shard]
+        try:
+            with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+                for number, (key, members) in enumerate(
+                    groupby(_files(tar), key=lambda m: _split(m.name)[0])
+                ):
+                    contents = []
+                    for member in members:
+                        stream = tar.extractfile(member) if number >= start else None
+                        if stream is not None:
+                            contents.append((_split(member.name)[1], partial(bytes, stream.read())))
+                    if number >= start:
+                        yield self._row(contents, key, number, f"{name}:{key}")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise DataError(f"the shard {name} cannot be read: {error}. Get it again.") from error
+
+    def _row(self, members: list[tuple[str, Any]], key: str, number: int, where: str) -> Sample | RowError:
+        try:
+            return _sample(members, key, self.name, number, where, self.orphan_tokens)
+        except RowError as error:
+            return error
+
+
+def _existing(annotations: Any, hint: str) -> list[str]:
+    names = shard_names(annotations)
+    if not names:
+        raise MissingFileError(missing_file_message(Path(str(annotations)), "the shards", hint))
+    for name in names:
+        if "://" not in name and not Path(name).is_file():
+            raise MissingFileError(missing_file_message(Path(name), "the shard", hint))
+    return names
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A member's sample and its kind: ``a/b.0.PNG`` is ``a/b`` and ``png``."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, rest = base.partition(".")
+    return folder + slash + stem, rest.rpartition(".")[2].lower()
+
+
+def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members that a sample is made of."""
+    for member in tar:
+        hidden = member.name.rpartition("/")[2].startswith(".")
+        if member.isreg() and not hidden and _split(member.name)[1] in _KINDS:
+            yield member
+        tar.members.clear()  # type: ignore[attr-defined]  # TarFile keeps every header it has seen
+
+
+def _members(path: Path) -> np.ndarray:
+    """(members, 4) int64: row, kind, offset and size of the content."""
+    kept = cache_folder() / cache_name("shard", _VERSION, *file_key(path))
+    table = load_array(kept, columns=4, mapped=True)
+    if table is not None:
+        return table
+    found: list[tuple[int, int, int, int]] = []
+    row, last = -1, None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in _files(tar):
+                key, kind = _split(member.name)
+                row, last = (row, last) if key == last else (row + 1, key)
+                found.append((row, _KINDS.index(kind), member.offset_data, member.size))
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"the shard {path} cannot be read: {error}. It is cut off, or not a plain tar file; compressed shards can "
+            "only be streamed (data.stream)."
+        ) from error
+    size = path.stat().st_size
+    if found and found[-1][2] + found[-1][3] > size:
+        raise DataError(
+            f"the shard {path} is cut off: its last member ends after its {size} bytes. Get it again."
+        )
+    table = np.array(found, dtype=np.int64).reshape(-1, 4)
+    keep_array(kept, table)
+    return table
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, offset)
+
+
+def _key_at(path: Path, content: int) -> str:
+    """The sample's name, from the header in front of its first member's content."""
+    info = tarfile.TarInfo.frombuf(
+        _read(path, content - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE), "utf-8", "surrogateescape"
+    )
+    return _split(info.name)[0]
+
+
+def _sample(
+    members: Sequence[tuple[str, Any]],
+    key: str,
+    source: str,
+    number: int,
+    where: str,
+    orphan_tokens: OrphanTokens,
+) -> Sample:
+    """A sample of its members: (kind, how to read it)."""
+    texts = {kind: read for kind, read in members if kind in TEXTS}
+    images: list[ImageRef] = [
+        LazyImage(f"{kind} image {n} of {where}", read)
+        for n, (kind, read) in enumerate((kind, read) for kind, read in members if kind in PICTURES)
+    ]
+    row: Any = {}
+    if "json" in texts:
+        try:
+            row = json.loads(texts["json"]())
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"its json is not valid: {error}", where, key) from error
+    caption = texts.get("txt") or texts.get("caption")
+    if caption is not None and not (isinstance(row, dict) and {"conversations", "messages"} & row.keys()):
+        words = caption().decode("utf-8", "replace").strip()
+        row = {
+            "messages": [
+                {"role": "user", "content": "<image>" * len(images)},
+                {"role": "assistant", "content": words},
+            ]
+        }
+    if isinstance(row, dict) and not isinstance(row.get("id"), str | int):
+        row = {**row, "id": key}
+    return sample_of(row, images, source=source, number=number, where=where, orphan_tokens=orphan_tokens)
