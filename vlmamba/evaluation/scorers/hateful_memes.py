@@ -34,8 +34,8 @@ def hateful_memes(
         ids: For messages, and to find duplicates.
 
     Returns:
-        ``official``: ``accuracy`` and ``auroc`` (shares); ``auroc_answered`` over the memes with a score where some have
-        none, for then ``auroc`` is None. The headline is the AUROC in percent.
+        ``official``: ``accuracy`` and ``auroc`` (shares); ``auroc_answered`` over the memes with a score where some
+        have none, for then ``auroc`` is None. The headline is the AUROC in percent.
 
     Raises:
         DataError: Lists of different length, no meme, duplicate ids, other labels, scores that are no numbers.

@@ -43,7 +43,7 @@ from vlmamba.evaluation.scorers.vqa_text import (
 )
 
 ANNOTATORS = 10
-"""How many answers TextVQA and VizWiz have for each question."""
+"""How many answers TextVQA has for each question; its evaluator asserts it."""
 UNANSWERABLE = "unanswerable"
 Normaliser = Callable[[str], str]
 
@@ -158,7 +158,7 @@ def vizwiz(
 
     Args:
         predictions: What was answered; None where there is no answer (no credit).
-        answers: Ten answers for each question.
+        answers: The annotators' answers to each question (ten in the data set).
         answer_types: ``unanswerable``, ``other``, ``yes/no`` or ``number`` for each question.
         answerable: 1 or 0 for each question; with it average precision and F1 of *un*answerable are given.
         answerable_scores: The API's ``answerable`` field of a submission, in 0..1. Left out, it is 0 where the
@@ -171,12 +171,12 @@ def vizwiz(
         ``unanswerability`` (``average_precision``, ``f1_score``), None where no question is unanswerable.
 
     Raises:
-        DataError: Lists of different length, no question, duplicate ids, other than ten answers.
+        DataError: Lists of different length, no question, duplicate ids, a question without answers.
         ConfigError: Unknown style.
     """
     check_style(style, ("official", "llava", "lmms"))
     columns = {"answer_types": answer_types, "answerable": answerable, "answerable_scores": answerable_scores}
-    _check(predictions, answers, ids, annotators=ANNOTATORS, **columns)
+    _check(predictions, answers, ids, **columns)
     prepare = {
         "official": normalise_vizwiz,
         "llava": lambda text: normalise_vizwiz(normalise_m4c(text)),
