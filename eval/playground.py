@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlmamba.data.images import resolve_image_path
-from vlmamba.errors import DataError, ImageError, MissingFileError
+from vlmamba.errors import DataError, MissingFileError
 from vlmamba.evaluation import Sample, Task
+from vlmamba.evaluation.layouts import picture
 
 HELDOUT = "playground/data/mini/heldout"
 KEYS = ("question_id", "text", "answer", "category")
@@ -54,8 +54,5 @@ def _sample(line: str, root: Path, where: str) -> Sample:
         raise DataError(f"{where}: a question needs {', '.join(KEYS)}; this line lacks {', '.join(lacking)}")
     named = row.get("image") or []
     names = [named] if isinstance(named, str) else named
-    try:
-        pictures = tuple(resolve_image_path(root, name) for name in names)
-    except ImageError as error:
-        raise ImageError(f"{where}: {error}") from error
+    pictures = tuple(picture(root, name, where) for name in names)
     return Sample(row["question_id"], pictures, row["text"], row["answer"], row["category"])
