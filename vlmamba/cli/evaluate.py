@@ -1,73 +1,101 @@
-"""``vlmamba eval CHECKPOINT --tasks ...`` and ``vlmamba eval score TASK --predictions P``."""
+"""``vlmamba eval CHECKPOINT --tasks ...``, ``vlmamba eval score TASK --predictions P``, ``vlmamba eval compare``."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+
+from vlmamba.cli import compare, score
 
 
 def run(words: Sequence[str]) -> int:
     """Run the verb."""
-    return _score(words[1:]) if words and words[0] == "score" else _measure(words)
+    verbs = {"score": score.run, "compare": compare.run}
+    return verbs[words[0]](words[1:]) if words and words[0] in verbs else _measure(words)
 
 
 def _measure(words: Sequence[str]) -> int:
+    arguments = _measure_parser().parse_args(words)
+    from vlmamba.evaluation.cli import evaluate_checkpoint
+    from vlmamba.evaluation.ranks import connect
+    from vlmamba.evaluation.tables import format_results
+    from vlmamba.training.parallel.launch import read_launch
+
+    launch = read_launch()
+    ranks = connect(launch)
+    device = arguments.device
+    if launch.world_size > 1 and device in ("auto", "cuda"):
+        device = _device_of(launch.local_rank)
+    try:
+        results = evaluate_checkpoint(
+            arguments.checkpoint,
+            arguments.tasks,
+            output=arguments.output,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            shuffle_images=arguments.shuffle_images,
+            conversations=arguments.conversations,
+            fresh=arguments.fresh,
+            folder=arguments.folder,
+            options=dict(score.option(text) for text in arguments.option),
+            device=device,
+            dtype=arguments.dtype,
+            ranks=ranks,
+        )
+    finally:
+        ranks.close()
+    if ranks.is_main:
+        print(format_results(results))
+    return 0
+
+
+def _measure_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlmamba eval",
         description="Ask a checkpoint the questions of some tasks and score the answers. An evaluation that was "
-        "stopped goes on where it stood. To score an answer file: vlmamba eval score TASK --predictions FILE.",
+        "stopped goes on where it stood. Under torchrun the processes share the questions. To score an answer "
+        "file: vlmamba eval score TASK --predictions FILE. To compare: vlmamba eval compare RUN RUN.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", help="a finished run (runs/NAME) or an exported model directory")
-    parser.add_argument(
-        "--tasks", required=True, help="names or paths of task files (eval/NAME.py), comma-separated"
+    add = parser.add_argument
+    add("checkpoint", help="a finished run (runs/NAME) or an exported model directory")
+    add("--tasks", required=True, help="names or paths of task files (eval/NAME.py), comma-separated")
+    add("--output", help="folder for answers and results.json (default: CHECKPOINT/eval)")
+    add(
+        "--batch-size",
+        type=_batch_size,
+        default="auto",
+        help="questions at a time; auto (default) halves it when memory runs out. Answers do not depend on it",
     )
-    parser.add_argument("--output", help="folder for answers and results.json (default: CHECKPOINT/eval)")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument(
+    add("--limit", type=int, help="only the first so many questions")
+    add(
         "--shuffle-images",
+        "--shuffle",
         action="store_true",
         help="ask again with the pictures shuffled among the questions",
     )
-    parser.add_argument(
-        "--conversations", type=int, default=0, help="also hold so many conversations, for the report"
+    add("--conversations", type=int, default=0, help="also hold so many conversations, for the report")
+    add("--fresh", action="store_true", help="ask again what was already answered")
+    add("--folder", default="eval", help="where task files given by name live (default: eval)")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the tasks' functions, such as annotations=FILE or split=dev_seen; may be repeated",
     )
-    parser.add_argument("--fresh", action="store_true", help="ask again what was already answered")
-    arguments = parser.parse_args(words)
-    from vlmamba.evaluation.cli import evaluate_checkpoint
-    from vlmamba.evaluation.tables import format_results
-
-    results = evaluate_checkpoint(
-        arguments.checkpoint,
-        arguments.tasks,
-        output=arguments.output,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-        shuffle_images=arguments.shuffle_images,
-        conversations=arguments.conversations,
-        fresh=arguments.fresh,
-    )
-    print(format_results(results))
-    return 0
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16")
+    return parser
 
 
-def _score(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vlmamba eval score",
-        description="Score an answer file of any model; needs no model. Prints one JSON object.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("task", help="name or path of a task file")
-    parser.add_argument("--predictions", required=True, help="JSON lines with question_id and text")
-    parser.add_argument("--annotations", help="the task's annotation file, when it is not in its usual place")
-    parser.add_argument("--allow-missing", action="store_true", help="count unanswered questions as wrong")
-    arguments = parser.parse_args(words)
-    from vlmamba.evaluation.cli import score_predictions
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
-    scored = score_predictions(
-        arguments.task, arguments.predictions, arguments.annotations, allow_missing=arguments.allow_missing
-    )
-    print(json.dumps(scored, indent=2, ensure_ascii=False))
-    return 0
+
+def _device_of(local_rank: int) -> str:
+    """The GPU of one of several processes on a host, where there are GPUs."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{local_rank % count}" if count else "cpu"

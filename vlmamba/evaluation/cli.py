@@ -5,25 +5,29 @@ Nothing is printed here; `vlmamba.evaluation.tables.format_results` makes the te
 
 from __future__ import annotations
 
+import functools
 import json
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vlmamba.errors import ConfigError, DataError
-from vlmamba.evaluation.records import read_records, record_key
-from vlmamba.evaluation.scoring import score_records
-from vlmamba.evaluation.task import Sample, Task, load_task
+from vlmamba.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
+from vlmamba.evaluation.predictions import score_predictions as score_predictions
+from vlmamba.evaluation.ranks import Ranks
+from vlmamba.evaluation.records import read_records, record_key, remove_answers
+from vlmamba.evaluation.scoring import given_answers
+from vlmamba.evaluation.task import Task, load_task
 
 RESULTS_FILE = "results.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
     tasks: Sequence[str] | str,
     output: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = "auto",
     limit: int | None = None,
     shuffle_images: bool = False,
     *,
@@ -31,15 +35,19 @@ def evaluate_checkpoint(
     fresh: bool = False,
     progress: bool = True,
     folder: str | Path = "eval",
+    options: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Ask a checkpoint the questions of some tasks; write answers and ``results.json``.
+    """Ask a checkpoint the questions of some tasks; write answers, submissions and ``results.json``.
 
     Args:
         checkpoint: A run or an exported model directory.
         tasks: Names or paths (see `load_task`), as a list or separated by commas.
         output: Where results go; ``eval`` in the checkpoint's directory when left out. An evaluation that was
             stopped goes on there.
-        batch_size: Questions at a time.
+        batch_size: Questions at a time, or "auto" (see `vlmamba.evaluation.runner.evaluate`).
         limit: Only the first so many questions of each task.
         shuffle_images: Ask everything a second time with the pictures shuffled among the questions: the blind
             baseline.
@@ -47,26 +55,28 @@ def evaluate_checkpoint(
         fresh: Ask again what was already answered.
         progress: Show bars.
         folder: Where tasks given by name live.
+        options: Of the tasks' functions (``annotations``, ``images``, ...), for all tasks asked.
+        device: Where to compute; "auto" is the GPU where there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on a GPU and float32 elsewhere.
+        ranks: This process among those that share the questions; it alone when left out.
 
     Returns:
         What is in ``results.json``: ``{"checkpoint", "model", "tasks": {name: result}, "conversations"}``; a
         result is that of `vlmamba.evaluation.runner.evaluate` with "spec", "description", "predictions" (file
-        name) and, on request, "shuffled" (a result).
+        name) and, where there is one, "submission" (file name, or why there is none) and "shuffled" (a
+        result). Results that the file holds of other tasks, for the same weights, stay in it.
 
     Raises:
         ConfigError: An unknown task, or none.
         MissingFileError: No such checkpoint or task file.
         DataError: See `vlmamba.evaluation.runner.evaluate`.
     """
-    specs = _split(tasks)
-    loaded = {spec: load_task(spec, folder=folder) for spec in specs}
-    names = Counter(task.name for task in loaded.values())
-    if len(names) < len(loaded):
-        raise ConfigError(f"two of the tasks {', '.join(specs)} are called {names.most_common(1)[0][0]!r}")
+    loaded = load_tasks(tasks, folder, options)
+    from vlmamba.evaluation.conversations import hold_conversations
     from vlmamba.evaluation.runner import evaluate
-    from vlmamba.models.builder import load_model
 
-    model, processor = load_model(checkpoint)
+    ranks = ranks or Ranks()
+    model, processor = load_for_evaluation(checkpoint, device, dtype)
     target = Path(checkpoint) / "eval" if output is None else Path(output)
     target.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
@@ -75,90 +85,113 @@ def evaluate_checkpoint(
         "tasks": {},
         "conversations": [],
     }
+    results["tasks"] = ranks.on_main(lambda: _earlier_tasks(target / RESULTS_FILE, results["model"]))
     for spec, task in loaded.items():
-        result: dict[str, Any] = {"spec": spec, "folder": str(folder), "description": task.description}
+        result: dict[str, Any] = {"spec": spec, "folder": str(folder), "options": dict(options or {})}
+        result["description"] = task.description
         for shuffled in (False, True) if shuffle_images else (False,):
-            name = f"{task.name}.shuffled.jsonl" if shuffled else f"{task.name}.jsonl"
+            path = target / (f"{task.name}.shuffled.jsonl" if shuffled else f"{task.name}.jsonl")
             if fresh:
-                (target / name).unlink(missing_ok=True)
-            measured = evaluate(
-                model,
-                processor,
-                task,
-                target / name,
-                batch_size=batch_size,
-                limit=limit,
-                shuffle_images=shuffled,
-                progress=progress,
-            )
-            measured["predictions"] = name
+                ranks.on_main(functools.partial(remove_answers, path))
+            how: dict[str, Any] = {"limit": limit, "shuffle_images": shuffled, "progress": progress}
+            measured = evaluate(model, processor, task, path, batch_size=batch_size, **how, ranks=ranks)
+            measured["predictions"] = path.name
             result.update({"shuffled": measured} if shuffled else measured)
-        results["tasks"][task.name] = result
-        results["conversations"] += _converse(
-            model, processor, task, conversations - len(results["conversations"])
-        )
-    write_json(target / RESULTS_FILE, results)
-    return results
+        if ranks.is_main:
+            result.update(_submit(task, target, limit))
+            missing = conversations - len(results["conversations"])
+            results["conversations"] += hold_conversations(model, processor, task, missing)
+            results["tasks"][task.name] = result
+            write_json(target / RESULTS_FILE, results)
+    return ranks.on_main(lambda: results)
 
 
-def score_predictions(
-    task: Task | str,
-    predictions: str | Path,
-    annotations: str | Path | None = None,
-    *,
-    allow_missing: bool = False,
-    folder: str | Path = "eval",
-) -> dict[str, Any]:
-    """Score an answer file of any model; needs no model.
-
-    Args:
-        task: A task, or its name or path.
-        predictions: JSON lines with ``question_id`` and ``text``, and ``prompt`` where ids are not unique.
-        annotations: The task's annotation file when it is not in its usual place.
-        allow_missing: Count unanswered questions as wrong instead of refusing.
-        folder: Where tasks given by name live.
-
-    Returns:
-        ``{"task", "metrics", "counts"}``.
+def load_for_evaluation(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """A checkpoint's model, ready to be asked, and its processor.
 
     Raises:
-        DataError: The file is empty, answers a question twice, unknown questions, or not all of them.
+        ConfigError: The device is not there, or the dtype unknown.
+        MissingFileError: No such checkpoint.
     """
-    if isinstance(task, str):
-        task = load_task(task, folder=folder, annotations=None if annotations is None else str(annotations))
-    elif annotations is not None:
-        raise ConfigError(
-            "annotations are read when a task is loaded: give the task's name, or no annotations"
+    import torch
+
+    from vlmamba.models.builder import load_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for, but torch sees no GPU here; use cpu or auto")
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    model, processor = load_model(checkpoint, getattr(torch, dtype))
+    return model.to(device).eval(), processor
+
+
+def load_tasks(
+    tasks: Sequence[str] | str, folder: str | Path = "eval", options: Mapping[str, Any] | None = None
+) -> dict[str, Task]:
+    """Tasks by the words they were asked for.
+
+    Raises:
+        ConfigError: One is unknown, there is none, or two have the same name.
+    """
+    loaded = {spec: load_task(spec, folder=folder, **(options or {})) for spec in _split(tasks)}
+    names = Counter(task.name for task in loaded.values())
+    if len(names) < len(loaded):
+        raise ConfigError(f"two of the tasks {', '.join(loaded)} are called {names.most_common(1)[0][0]!r}")
+    return loaded
+
+
+def reload_task(result: Mapping[str, Any]) -> Task:
+    """The task of a result in ``results.json``.
+
+    Raises:
+        DataError: Its questions are others now than those that were asked.
+    """
+    task = load_task(result["spec"], folder=result["folder"], **result.get("options", {}))
+    asked = result.get("settings", {}).get("data", task.fingerprint)
+    if asked != task.fingerprint:
+        raise DataError(
+            f"the questions of {result['spec']!r} have changed since they were asked: the data had fingerprint "
+            f"{asked} then and have {task.fingerprint} now. Ask again, or restore the data"
         )
-    records = read_records(predictions)
-    if not records:
-        raise DataError(f"{predictions} holds no answer")
-    by_id = {key[0]: key for key in (sample.key for sample in task.samples)}
-    unique = len(by_id) == len(task.samples)
-    keys = [by_id.get(record_key(r)[0], record_key(r)) if unique else record_key(r) for r in records]
-    asked, given = {sample.key for sample in task.samples}, Counter(keys)
-    double = [key[0] for key, count in given.items() if count > 1]
-    strange = [key[0] for key in given if key not in asked]
-    missing = [] if allow_missing else [s.key[0] for s in task.samples if s.key not in given]
-    for ids, what in (
-        (double, "answered twice"),
-        (strange, f"not asked by {task.name}"),
-        (missing, "not answered"),
-    ):
-        if ids:
-            examples = ", ".join(repr(i) for i in ids[:3])
-            advice = " (allow_missing counts them as wrong)" if ids is missing else ""
-            raise DataError(
-                f"{predictions}: {len(ids)} question(s) {what}{advice}, such as {examples}; the file has "
-                f"{len(records)} answers, the task {len(task.samples)} questions"
-            )
-    return score_records(task, task.samples, dict(zip(keys, records, strict=True)))
+    return task
+
+
+def _earlier_tasks(file: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of other tasks that an earlier call wrote about the same weights."""
+    if not file.is_file():
+        return {}
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    same = earlier.get("model", {}).get("fingerprint") == model["fingerprint"]
+    return dict(earlier["tasks"]) if same else {}
+
+
+def _submit(task: Task, target: Path, limit: int | None) -> dict[str, Any]:
+    """Write the file that the benchmark's server wants, where there is one."""
+    if task.submission is None:
+        return {}
+    if limit is not None and limit < len(task.samples):
+        return {"submission": {"file": None, "why": f"only the first {limit} questions were asked"}}
+    records = {record_key(record): record for record in read_records(target / f"{task.name}.jsonl")}
+    path = target / f"{task.name}.submission{task.submission_suffix}"
+    try:
+        written = task.submission(task.samples, given_answers(task, task.samples, records), path)
+    except (DataError, MissingFileError, MissingDependencyError) as error:
+        return {"submission": {"file": None, "why": str(error)}}
+    return {"submission": {"file": str(written.relative_to(target)), "why": None}}
 
 
 def describe_model(model: Any, processor: Any) -> dict[str, Any]:
     """Connector, parameters of each part and tokens an image, for results and reports."""
     parts = ("vision_tower", "multi_modal_projector", "language_model")
+    from vlmamba.evaluation.runner import model_fingerprint
+
     return {
+        "fingerprint": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "connector": model.multi_modal_projector.name,
         "connector_options": dict(model.multi_modal_projector.options),
         "parameters": {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts},
@@ -184,44 +217,3 @@ def _split(tasks: Sequence[str] | str) -> list[str]:
     if not specs:
         raise ConfigError("no task given: name at least one, such as playground")
     return specs
-
-
-def _converse(model: Any, processor: Any, task: Task, count: int) -> list[dict[str, Any]]:
-    """Several questions about one picture in one conversation, for up to `count` pictures."""
-    from vlmamba.evaluation.runner import check_images, converse
-
-    talks = []
-    for samples in pick_conversations(task, count):
-        check_images(samples)
-        replies = converse(model, processor, samples, max_new_tokens=task.max_new_tokens)
-        right = task.score(samples, [reply.text for reply in replies]).correct
-        turns = [
-            {"question": s.text, "expected": s.answer, "given": reply.text, "right": ok}
-            for s, reply, ok in zip(samples, replies, right, strict=True)
-        ]
-        talks.append({"task": task.name, "question_ids": [s.question_id for s in samples], "turns": turns})
-    return talks
-
-
-def pick_conversations(task: Task, count: int, *, longest: int = 4) -> list[list[Sample]]:
-    """Questions that share their pictures, spread over the task: different kinds first, at least two in a
-    group.
-    """
-    groups: dict[tuple[Any, ...], list[Sample]] = defaultdict(list)
-    for sample in task.samples:
-        if sample.images and all(isinstance(image, Path) for image in sample.images):
-            groups[sample.images].append(sample)
-    chosen = []
-    for members in groups.values():
-        nth: Counter[str] = Counter()
-        ranked = []
-        for at, sample in enumerate(members):
-            ranked.append((nth[sample.category], at, sample))
-            nth[sample.category] += 1
-        if len(members) > 1:
-            chosen.append([sample for _, _, sample in sorted(ranked, key=lambda r: r[:2])[:longest]])
-    chosen.sort(key=len, reverse=True)
-    best = [talk for talk in chosen if len(talk) == len(chosen[0])] if chosen else []
-    pool = best if len(best) >= count else chosen
-    step = max(1, len(pool) // max(1, count))
-    return pool[::step][: max(0, count)]

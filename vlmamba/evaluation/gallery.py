@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.errors import DataError
+from vlmamba.evaluation.conversations import HALF
 from vlmamba.evaluation.records import read_records, record_key
-from vlmamba.evaluation.task import ImageRef, Sample, Task
+from vlmamba.evaluation.scoring import score_answers
+from vlmamba.evaluation.task import ImageRef, Sample, Task, fetch_image
 
 LARGEST_SIDE = 320
 """Pixels; larger pictures are shrunk before they are embedded."""
@@ -29,7 +31,8 @@ class Shown:
     question: str
     expected: str
     given: str
-    right: bool
+    right: bool | None
+    """None where only a server knows."""
     category: str = ""
     question_id: str = ""
 
@@ -76,17 +79,20 @@ def pick_answers(
     if not samples:
         raise DataError(f"{predictions} answers none of the questions of {task.name!r}")
     texts = [str(records[sample.key]["text"]) for sample in samples]
-    verdicts = task.score(samples, texts).correct
-    groups: dict[str, dict[bool, list[tuple[Sample, str]]]] = defaultdict(lambda: {True: [], False: []})
-    for sample, text, ok in zip(samples, texts, verdicts, strict=True):
-        groups[sample.category][ok >= 0.5].append((sample, text))  # partial credit: mostly right
-    rng, chosen = random.Random(seed), []
+    credits_ = score_answers(task, task.samples, records).correct
+    right = {s.key: c >= HALF for s, c in zip(task.samples, credits_, strict=True)} if credits_ else {}
+    groups: dict[str, dict[bool | None, list[tuple[Sample, str]]]] = defaultdict(lambda: defaultdict(list))
+    for sample, text in zip(samples, texts, strict=True):
+        groups[sample.category][right.get(sample.key)].append((sample, text))
+    rng = random.Random(seed)
+    chosen: list[tuple[Sample, str, bool | None]] = []
     for category in sorted(groups):
-        bad, good = groups[category][False], groups[category][True]
+        bad, good, unknown = (groups[category][verdict] for verdict in (False, True, None))
         number = max(min(wrong, len(bad)), min(len(bad), per_category - len(good)))
         number_good = min(len(good), per_category - number)
-        for ok, pool, count in ((False, bad, number), (True, good, number_good)):
-            chosen += [(sample, text, ok) for sample, text in rng.sample(pool, count)]
+        shares = ((False, bad, number), (True, good, number_good), (None, unknown, per_category))
+        for ok, pool, count in shares:
+            chosen += [(sample, text, ok) for sample, text in rng.sample(pool, min(count, len(pool)))]
     return [
         Shown(s.images, s.text, accepted(s.answer), text, ok, s.category, str(s.question_id))
         for s, text, ok in chosen
@@ -119,7 +125,8 @@ def data_uri(image: ImageRef) -> str:
     """
     from vlmamba.data.images import open_image
 
-    picture = open_image(image).copy()  # an open picture comes back as it is, and belongs to the caller
+    # A picture that was open comes back as it is, and belongs to the caller.
+    picture = open_image(fetch_image(image)).copy()
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     kind, data = "png", _encoded(picture, "PNG")
     if len(data) > LARGEST_PNG:

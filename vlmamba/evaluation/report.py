@@ -11,12 +11,11 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vlmamba.errors import DataError, MissingFileError
-from vlmamba.evaluation.cli import RESULTS_FILE
+from vlmamba.evaluation.cli import RESULTS_FILE, reload_task
 from vlmamba.evaluation.curves import loss_chart
 from vlmamba.evaluation.gallery import Shown, Talk, common_suffix, data_uri, pick_answers, read_talks
 from vlmamba.evaluation.tables import (
@@ -28,7 +27,8 @@ from vlmamba.evaluation.tables import (
     rate_rows,
     read_run,
 )
-from vlmamba.evaluation.task import ImageRef, Task, load_task
+from vlmamba.evaluation.task import ImageRef, Task
+from vlmamba.evaluation.templating import template, write_page
 
 SETTINGS = (
     ("Encoder", ("model.vision.family", "model.vision.path")),
@@ -94,7 +94,7 @@ def write_report(
         conversations = talks if conversations is None else conversations
     embed = functools.cache(data_uri)
     suffix = common_suffix([s.question for s in samples])
-    html = _template().render(
+    html = template("report.html.jinja").render(
         title=title,
         subtitle=subtitle,
         tiles=_tiles(logs, found),
@@ -107,27 +107,7 @@ def write_report(
         talks=[_talk_view(talk, suffix, embed) for talk in conversations],
         suffix=suffix,
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def _template() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    folder = resources.files("vlmamba.evaluation") / "templates"
-    names = ("report.html.jinja", "style.css.jinja")
-    environment.loader = jinja2.DictLoader({n: (folder / n).read_text(encoding="utf-8") for n in names})
-    return environment.get_template("report.html.jinja")
+    return write_page(path, html)
 
 
 def _read_results(results: str | Path | Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Path | None]:
@@ -151,7 +131,7 @@ def _draw(results: Mapping[str, Any], folder: Path, per_category: int) -> tuple[
     tasks: dict[str, Task] = {}
     samples: list[Shown] = []
     for name, result in results["tasks"].items():
-        tasks[name] = load_task(result["spec"], folder=result["folder"])
+        tasks[name] = reload_task(result)
         samples += pick_answers(tasks[name], folder / result["predictions"], per_category=per_category)
     return samples, read_talks(results, tasks)
 

@@ -28,6 +28,29 @@ class RateRow:
 
 
 @dataclass(frozen=True)
+class HeadlineRow:
+    """The one figure of a task, in its own unit.
+
+    Attributes:
+        task: Name of the task.
+        metric: Name of the figure.
+        value: None where only a server can tell.
+        unit: "%", "points", ...
+        scale: Where its bar ends.
+        references: Published figures: (model, value).
+        shuffled: The same with the pictures shuffled, None when that was not measured.
+    """
+
+    task: str
+    metric: str
+    value: float | None
+    unit: str
+    scale: float
+    references: Sequence[tuple[str, float]]
+    shuffled: float | None
+
+
+@dataclass(frozen=True)
 class RunLog:
     """What a training run left in its folder.
 
@@ -140,6 +163,57 @@ def counts_line(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in shown if name)
 
 
+SCALES = {"%": 100.0}
+"""Largest value of a headline by its unit, where it is not that of its references."""
+
+
+def figure(value: float | None, unit: str) -> str:
+    """A headline's value with its unit; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:.1f} {unit}".rstrip()
+
+
+def headline_row(name: str, result: Mapping[str, Any]) -> HeadlineRow | None:
+    """A task's headline beside published figures; None for results that have none."""
+    found = result.get("headline")
+    if not found:
+        return None
+    references = [(r["model"], float(r["value"])) for r in result.get("references", ())]
+    blind = result.get("shuffled", {}).get("headline") or {}
+    values = [v for v in (found["value"], blind.get("value"), *(v for _, v in references)) if v is not None]
+    scale = SCALES.get(found["unit"]) or found.get("scale") or 1.05 * max(values, default=1.0)
+    return HeadlineRow(
+        name, found["name"], found["value"], found["unit"], scale, references, blind.get("value")
+    )
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """How answers were made, and fingerprints of model and data, in one line."""
+    if not settings:
+        return ""
+    how = f"greedy, at most {settings.get('max_new_tokens')} new tokens"
+    if settings.get("method") == "likelihood":
+        how = f"options ranked by the {settings['rank_by']} of their tokens' log-probabilities"
+    limit = f", first {settings['limit']} questions" if settings.get("limit") else ""
+    batch = f", batches of {settings['batch_size']}" if "batch_size" in settings else ""
+    return f"{how}{limit}{batch}, {settings.get('dtype')}; model {settings.get('model')}, data {settings.get('data')}"
+
+
+def notes_of(result: Mapping[str, Any]) -> list[str]:
+    """What a reader of a task's figures must know: counts, settings, variants, the submission file."""
+    notes = [counts_line(result["counts"]), settings_line(result.get("settings", {}))]
+    notes.append(", ".join(f"{key} {value}" for key, value in result.get("task_settings", {}).items()))
+    submission = result.get("submission")
+    if submission:
+        notes.append(
+            f"for the server: {submission['file']}"
+            if submission["file"]
+            else f"no file for the server: {submission['why']}"
+        )
+    return [note for note in notes if note]
+
+
 def format_results(results: Mapping[str, Any]) -> str:
     """All tasks of a result as text tables."""
     parts = []
@@ -153,7 +227,12 @@ def format_results(results: Mapping[str, Any]) -> str:
         if all(r.shuffled is None for r in rows):
             header.pop(3)
             cells = [[*row[:3], row[4]] for row in cells]
-        parts.append(f"{name}\n{text_table(header, cells)}\n{counts_line(result['counts'])}")
+        title, main = name, headline_row(name, result)
+        if main is not None:
+            title = f"{name}: {main.metric} {figure(main.value, main.unit)}"
+            if main.references:
+                title += " (" + ", ".join(f"{model} {value:g}" for model, value in main.references) + ")"
+        parts.append("\n".join([title, text_table(header, cells), *notes_of(result)]))
     return "\n\n".join(parts)
 
 
