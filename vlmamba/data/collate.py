@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vlmamba.data.dataset import IGNORE
+from vlmamba.data.encode import IGNORE
 from vlmamba.data.types import Batch, Item
 
 MODEL_KEYS = ("input_ids", "attention_mask", "labels", "seq_idx", "pixel_values")

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlmamba.data.collate import collate
-from vlmamba.data.dataset import IGNORE, VLDataset
+from vlmamba.data.dataset import VLDataset
+from vlmamba.data.encode import IGNORE
 from vlmamba.data.ledger import BadSamples
 from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch, row_of
 from vlmamba.data.types import Batch, Item
