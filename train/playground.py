@@ -69,7 +69,7 @@ def pretrain(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
         batch=BatchConfig(global_batch_size=16, micro_batch_size=16),
         optim=OptimConfig(name="adamw", lr=3e-3, betas=(0.9, 0.95)),
         schedule=ScheduleConfig(name="cosine", warmup_ratio=0.03),
-        epochs=2,
+        epochs=4,
         precision="fp32",
         save_every=200,
         log_every=10,
