@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vlmamba.data.lengths import LengthTable
 
 _FAILURE = "_failure"
+_ENDED = ("killed by signal", "exited unexpectedly", "timed out")
+"""How torch says that a worker gives nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Loader:
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=persistent_workers and num_workers > 0,
             timeout=timeout,
-            collate_fn=_as_is,
-            worker_init_fn=_leave_signals_to_the_parent,
+            collate_fn=as_is,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator().manual_seed(settings.seed),
         )
 
@@ -145,6 +147,11 @@ class Loader:
             self._plan = (epoch, plan)
         return self._plan[1]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the data set."""
+        return len(self.dataset)
+
     def __len__(self) -> int:
         """Steps of the current epoch, done ones included."""
         return len(self.plan)
@@ -161,7 +168,7 @@ class Loader:
         for index in range(self.position, len(plan)):
             count = len(plan.step(index, rank=self.rank, world_size=self.world_size))
             try:
-                micro_batches = [self._received(next(batches)) for _ in range(count)]
+                micro_batches = [received(batches, self.bad_samples) for _ in range(count)]
             except VLMambaError:
                 self.close()
                 raise
@@ -202,11 +209,27 @@ class Loader:
             iterator._shutdown_workers()
             self._loader._iterator = None
 
-    def _received(self, batch: Batch) -> Batch:
-        if _FAILURE in batch:
-            raise batch[_FAILURE]
-        self.bad_samples.add(batch["bad_samples"])
-        return batch
+
+def received(batches: Iterator[Batch], account: BadSamples) -> Batch:
+    """The next micro-batch from the workers, its bad rows entered in the account.
+
+    Raises:
+        DataError: A worker met an error that it could not pass over, was killed, or gave nothing in time.
+    """
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _ENDED):
+            raise
+        raise DataError(
+            f"a process that loads data ended without a word ({error}). It was killed, mostly for want of memory "
+            "(see dmesg) or of shared memory (/dev/shm): lower data.num_workers, or raise the job's memory. Nothing "
+            "is lost but the steps since the last checkpoint; continue with --resume."
+        ) from error
+    if _FAILURE in batch:
+        raise batch[_FAILURE]
+    account.add(batch["bad_samples"])
+    return batch
 
 
 def build_loader(
@@ -273,7 +296,7 @@ class _MicroBatches(Dataset[Batch]):
         return item
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
+def leave_signals_to_the_parent(_: int) -> None:
     """Let a worker outlive a signal to the whole process group, as schedulers send it.
 
     The main process saves and then ends its workers. One that cannot be reached otherwise ends two minutes later.
@@ -282,5 +305,6 @@ def _leave_signals_to_the_parent(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: Any) -> Any:
+    """No collation: micro-batches come whole."""
     return batch

@@ -21,6 +21,10 @@ SOURCES.add("llava", "vlmamba.data.sources:LLaVASource")
 SOURCES.add("hf", "vlmamba.data.huggingface:HuggingFaceSource")
 SOURCES.add("webdataset", "vlmamba.data.shards:ShardSource")
 
+STREAMS: Registry[type] = Registry("data stream")
+STREAMS.add("hf", "vlmamba.data.huggingface:HuggingFaceStream")
+STREAMS.add("webdataset", "vlmamba.data.shards:ShardStream")
+
 
 def sample_of(
     row: object,
