@@ -79,7 +79,7 @@ def find_data(benchmark: Benchmark, annotations: str | Path | None) -> Path | st
         for name in benchmark.files:
             found = sorted(folder.glob(name.rstrip("/")))
             if found:
-                return found[0] if len(found) == 1 or not name.endswith(".parquet") else folder
+                return found[0].parent if len(found) > 1 and name.endswith(".parquet") else found[0]
     state = "" if folder.is_dir() else f", which does not exist (under {Path.cwd()})"
     hub = f", or annotations hf (the hub's {benchmark.hub})" if benchmark.hub else ""
     raise MissingFileError(
