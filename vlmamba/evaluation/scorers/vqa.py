@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import re
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
@@ -97,19 +97,19 @@ def vqav2(
         ConfigError: Unknown style.
     """
     check_style(style, ("official", "lmms"))
-    _check(predictions, answers, ids, answer_types=answer_types, question_types=question_types)
+    _check(predictions, answers, ids, {"answer_types": answer_types, "question_types": question_types})
     official = style == "official"
     normalise = functools.cache(normalise_vqa if official else normalise_vqa_lmms)
     credit = _credit if official else _credit_lmms
+    tidy = functools.cache(clean)
     correct, parsed = [], []
     for prediction, given in zip(predictions, answers, strict=True):
-        cleaned = [clean(answer) for answer in given]
-        same = official and len(set(cleaned)) == 1
-        prepare = clean if same else normalise
-        accepted = cleaned if same else [normalise(answer) for answer in given]
+        same = official and len({tidy(answer) for answer in set(given)}) == 1
+        prepare = tidy if same else normalise
         text = None if prediction is None else prepare(prediction)
+        accepted = {answer for answer in set(given) if prepare(answer) == text}
         parsed.append(text)
-        correct.append(0.0 if text is None else credit(tuple(answer == text for answer in accepted)))
+        correct.append(0.0 if text is None else credit(tuple([answer in accepted for answer in given])))
     rounded = round_half_up if official else round
     metrics = _metrics(correct, predictions, answer_types, rounded)
     metrics["question_types"] = {} if question_types is None else rates(correct, question_types)
@@ -137,7 +137,7 @@ def textvqa(
     Raises:
         DataError: Lists of different length, no question, duplicate ids, other than ten answers.
     """
-    _check(predictions, answers, ids, annotators=ANNOTATORS)
+    _check(predictions, answers, ids, {}, annotators=ANNOTATORS)
     correct, parsed = _compare(predictions, answers, normalise_m4c, normalise_m4c)
     metrics = _metrics(correct, predictions, None, round)
     metrics["official"] = {"accuracy": metrics["official"]["overall"]}
@@ -176,7 +176,7 @@ def vizwiz(
     """
     check_style(style, ("official", "llava", "lmms"))
     columns = {"answer_types": answer_types, "answerable": answerable, "answerable_scores": answerable_scores}
-    _check(predictions, answers, ids, **columns)
+    _check(predictions, answers, ids, columns)
     prepare = {
         "official": normalise_vizwiz,
         "llava": lambda text: normalise_vizwiz(normalise_m4c(text)),
@@ -234,7 +234,7 @@ def _compare(
     prepare, prepare_answer = functools.cache(prepare), functools.cache(prepare_answer)
     parsed = [None if p is None else prepare(p) for p in predictions]
     correct = [
-        0.0 if text is None else credit(tuple(prepare_answer(answer) == text for answer in given))
+        0.0 if text is None else credit(tuple([prepare_answer(answer) == text for answer in given]))
         for text, given in zip(parsed, answers, strict=True)
     ]
     return correct, parsed
@@ -291,8 +291,8 @@ def _check(
     predictions: Sequence[str | None],
     answers: Sequence[Sequence[str]],
     ids: Sequence[Hashable] | None,
+    columns: Mapping[str, Sequence[Any] | None],
     annotators: int | None = None,
-    **columns: Sequence[Any] | None,
 ) -> None:
     check_lengths(predictions=predictions, lists_of_answers=answers, ids=ids, **columns)
     check_ids(ids)
