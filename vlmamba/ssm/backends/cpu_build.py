@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "VLMAMBA_CACHE"
 COMPILERS = ("c++", "g++", "clang++")
-TIMEOUT = 60.0
-"""Seconds a compiler may take."""
+TIMEOUT = 300.0
+"""Seconds a compiler may take; it needs two or three, but the machine may be busy."""
 
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-w")
 _EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())

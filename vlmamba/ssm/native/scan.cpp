@@ -1,6 +1,7 @@
-// The selective scan and its gradients for the CPU, behind a plain C interface.
+// The selective scan, the causal convolution (conv.h) and the decode step (step.h) for the CPU, behind a plain
+// C interface.
 //
-// A vector register holds one block of channels; time runs in chunks of STEPS tokens. A unit of work is one
+// The scan: a vector register holds one block of channels; time runs in chunks of STEPS tokens. A unit of work is one
 // row, one group and a fixed number of blocks, whatever the number of threads, and partial sums over units
 // are added in a fixed order: results are the same bits for any number of threads and in any run. Forward
 // keeps the state before each chunk; backward computes the states of a chunk again, a few of the N state
@@ -9,7 +10,9 @@
 // Legend: B batch, L length, D channels, N state size, G groups, S asked states. Strides count floats.
 
 #include "backward.h"
+#include "conv.h"
 #include "forward.h"
+#include "step.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -25,6 +28,29 @@ int thread_number() {
 #else
   return 0;
 #endif
+}
+
+template <int TAPS>
+void convolve(const ConvArguments &a) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)a.threads) if (a.threads > 1)
+  for (int64_t unit = 0; unit < a.units(); ++unit) {
+    const FlushSmall flush;
+    conv_forward_unit<TAPS>(a, unit);
+  }
+}
+
+template <int TAPS>
+void convolve_back(const ConvArguments &a) {
+  V *scratch = (V *)(a.work + a.units() * a.partial());
+#pragma omp parallel num_threads((int)a.threads) if (a.threads > 1)
+  {
+    const FlushSmall flush;
+    V *own = scratch + thread_number() * (a.scratch() / LANES);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < a.units(); ++unit) conv_backward_unit<TAPS>(a, unit, own);
+#pragma omp for schedule(static)
+    for (int64_t d = 0; d < a.channels; d += LANES) conv_add(a, d / LANES);
+  }
 }
 
 }  // namespace
@@ -73,6 +99,35 @@ void vlmamba_scan_backward(const Arguments *arguments) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.groups * plan.blocks; ++i)
       add_rows(a, plan, i / plan.blocks, i % plan.blocks, sums);
+  }
+}
+
+int64_t vlmamba_conv_arguments_size() { return sizeof(ConvArguments); }
+
+// Numbers of float32 to provide for `work` of backward.
+int64_t vlmamba_conv_work(const ConvArguments *a) {
+  return a->units() * a->partial() + a->threads * a->scratch();
+}
+
+void vlmamba_conv_forward(const ConvArguments *a) {
+  if (a->taps == 4) return convolve<4>(*a);
+  convolve<0>(*a);
+}
+
+void vlmamba_conv_backward(const ConvArguments *a) {
+  if (a->taps == 4) return convolve_back<4>(*a);
+  convolve_back<0>(*a);
+}
+
+int64_t vlmamba_step_arguments_size() { return sizeof(StepArguments); }
+
+void vlmamba_step(const StepArguments *arguments) {
+  const StepArguments &a = *arguments;
+  const int64_t blocks = (a.channels + LANES - 1) / LANES;
+#pragma omp parallel for schedule(static) num_threads((int)a.threads) if (a.threads > 1)
+  for (int64_t i = 0; i < a.batch * blocks; ++i) {
+    const FlushSmall flush;
+    step_block(a, i / blocks, i % blocks * LANES);
   }
 }
 
