@@ -14,7 +14,15 @@ from vlmamba.evaluation.gallery import Shown, Talk, Turn, common_suffix, data_ur
 from vlmamba.evaluation.records import RecordFile
 from vlmamba.evaluation.report import write_report
 from vlmamba.evaluation.scorers import rate
-from vlmamba.evaluation.tables import duration, format_runs, percent, read_run, text_table
+from vlmamba.evaluation.tables import (
+    duration,
+    format_results,
+    format_runs,
+    percent,
+    read_run,
+    settings_line,
+    text_table,
+)
 
 EVIL = '</style><script>alert(1)</script>"\' onerror="x'
 RESULTS = {
@@ -226,3 +234,85 @@ def test_text_for_terminals(run):
     log = read_run(run)
     assert (log.steps, log.seconds) == (200, 100.0)
     assert "finetune    200       4.870      0.0" in format_runs([log])
+
+
+def headline(name, value, references, **changes):
+    return {
+        "headline": {"name": name, "value": value, "unit": changes.pop("unit", "%")},
+        "references": [{"model": m, "value": v, "source": "its paper"} for m, v in references],
+        "metrics": {"overall": rate(50, 100), "categories": {}},
+        "counts": {"asked": 100, "answered": 97, "missing": 3, "unparsable": 1, "cut": 0, "resumed": 0},
+        "settings": {
+            "model": "abcd",
+            "data": "ef01",
+            "dtype": "float32",
+            "max_new_tokens": 16,
+            "batch_size": 4,
+        },
+        "seconds": 1.0,
+        **changes,
+    }
+
+
+BENCHMARKS = {
+    "model": {"fingerprint": "abcd", "dtype": "float32"},
+    "checkpoint": "runs/x",
+    "tasks": {
+        "pope": headline("POPE mean F1", 80.0, [("LLaVA-1.5-7B", 85.9), ("VL-Mamba 2.8B", 84.4)]),
+        "mme": headline("MME perception", 1000.0, [("LLaVA-1.5-7B", 1510.7)], unit="points"),
+        "vqav2": headline(
+            "VQA accuracy", None, [], submission={"file": "vqav2.submission.json", "why": None}
+        ),
+    },
+}
+
+
+def test_every_benchmark_has_a_bar_and_published_figures_are_lines(tmp_path):
+    page = Page(write_report(tmp_path / "r.html", title="t", results=BENCHMARKS, samples=[]).read_text())
+    assert [a["style"] for t, a in page.tags if t == "i"][:2] == ["width:80.0%", "width:50.0%"]
+    lines = [(a["style"], a["title"]) for t, a in page.tags if t == "b" and "title" in a]
+    assert lines == [
+        ("left:85.9%", "LLaVA-1.5-7B 85.9"),
+        ("left:84.4%", "VL-Mamba 2.8B 84.4"),
+        ("left:75.53%", "LLaVA-1.5-7B 1510.7"),
+    ]
+    for text in (
+        "1000.0 points",
+        "asked 100, answered 97, missing 3, unparsable 1",
+        "greedy, at most 16 new tokens, batches of 4, float32; model abcd, data ef01",
+        "Weights abcd (float32) of runs/x",
+        "for the server: vqav2.submission.json",
+    ):
+        assert text in page.text
+
+
+def test_one_task_without_published_figures_needs_no_bars(tmp_path):
+    alone = {**BENCHMARKS, "tasks": {"vqav2": BENCHMARKS["tasks"]["vqav2"]}}
+    page = Page(write_report(tmp_path / "r.html", title="t", results=alone, samples=[]).read_text())
+    assert "Benchmarks" not in page.text
+
+
+def test_the_same_figures_in_a_terminal():
+    text = format_results(BENCHMARKS)
+    assert "pope: POPE mean F1 80.0 % (LLaVA-1.5-7B 85.9, VL-Mamba 2.8B 84.4)" in text
+    assert "vqav2: VQA accuracy –\n" in text
+    likelihood = {
+        "method": "likelihood",
+        "rank_by": "mean",
+        "limit": 5,
+        "dtype": "float32",
+        "model": 1,
+        "data": 2,
+    }
+    assert settings_line(likelihood) == (
+        "options ranked by the mean of their tokens' log-probabilities, first 5 questions, float32; model 1, data 2"
+    )
+
+
+def test_answers_that_only_a_server_can_judge_are_neither_right_nor_wrong(tmp_path):
+    page = write_report(
+        tmp_path / "r.html", title="t", samples=[shown(right=None, given="perhaps")]
+    ).read_text()
+    assert "1 shown; only the benchmark&#39;s server knows which are right" in page
+    assert "✓" not in page.split("</style>")[1]
+    assert "✗" not in page.split("</style>")[1]

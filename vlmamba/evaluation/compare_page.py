@@ -39,7 +39,7 @@ def _task(task: TaskComparison, flips: int, seed: int) -> dict[str, Any]:
         "name": task.task,
         "other": task.other,
         "headline": task.headline,
-        "values": [figure(value, task.unit) for value in (task.first_value, task.other_value)],
+        "figures": [figure(value, task.unit) for value in (task.first_value, task.other_value)],
         "rows": [_row(row, max(reach, 1e-9)) for row in task.rows],
         "settings": task.settings,
         "changed": task.changed,

@@ -20,9 +20,11 @@ from vlmamba.evaluation.curves import loss_chart
 from vlmamba.evaluation.gallery import Shown, Talk, common_suffix, data_uri, pick_answers, read_talks
 from vlmamba.evaluation.tables import (
     RunLog,
-    counts_line,
     duration,
+    figure,
+    headline_row,
     interval,
+    notes_of,
     percent,
     rate_rows,
     read_run,
@@ -98,6 +100,8 @@ def write_report(
         title=title,
         subtitle=subtitle,
         tiles=_tiles(logs, found),
+        benchmarks=_benchmarks(found),
+        checkpoint_note=_fingerprint_note(found),
         tasks=[_task_view(name, result) for name, result in found.get("tasks", {}).items()],
         charts=[_chart(log) for log in logs],
         times=_times(logs, found, timings),
@@ -163,12 +167,49 @@ def _tiles(logs: Sequence[RunLog], results: Mapping[str, Any]) -> list[dict[str,
     return tiles
 
 
+def _benchmarks(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A bar for each task and lines for published figures, where there are several tasks or such figures."""
+    tasks = results.get("tasks", {})
+    found = [(headline_row(name, result), result) for name, result in tasks.items()]
+    rows = [(row, result) for row, result in found if row is not None]
+    if len(rows) < 2 and not any(row.references for row, _ in rows):
+        return []
+
+    def at(value: float | None, scale: float) -> float | None:
+        return None if value is None else round(min(100.0, max(0.0, 100 * value / scale)), 2)
+
+    return [
+        {
+            "task": row.task,
+            "metric": row.metric,
+            "value": figure(row.value, row.unit),
+            "width": at(row.value, row.scale),
+            "references": [
+                {"model": model, "value": f"{value:g}", "at": at(value, row.scale)}
+                for model, value in row.references
+            ],
+            "shuffled": None if row.shuffled is None else figure(row.shuffled, row.unit),
+            "shuffled_at": at(row.shuffled, row.scale),
+            "questions": result["counts"]["asked"],
+        }
+        for row, result in rows
+    ]
+
+
+def _fingerprint_note(results: Mapping[str, Any]) -> str:
+    """Which weights were asked."""
+    model = results.get("model", {})
+    if "fingerprint" not in model:
+        return ""
+    return f"Weights {model['fingerprint']} ({model.get('dtype', '')}) of {results.get('checkpoint', '')}"
+
+
 def _task_view(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
     rows = rate_rows(result)
     return {
         "name": name,
         "description": result.get("description", ""),
-        "counts": counts_line(result["counts"]),
+        "notes": notes_of(result),
         "blind": any(row.shuffled is not None for row in rows),
         "rows": [
             {
@@ -260,9 +301,17 @@ def _gallery(samples: Sequence[Shown], suffix: str, embed: Any) -> list[dict[str
             }
         )
     return [
-        {"name": name or "answers", "cards": cards, "wrong": sum(not card["right"] for card in cards)}
+        {"name": name or "answers", "cards": cards, "note": _verdicts(cards)}
         for name, cards in groups.items()
     ]
+
+
+def _verdicts(cards: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the answers shown are wrong, right, or not known to be either."""
+    wrong, right = (sum(card["right"] is verdict for card in cards) for verdict in (False, True))
+    if wrong + right == 0:
+        return f"{len(cards)} shown; only the benchmark's server knows which are right"
+    return f"{wrong} wrong and {right} right shown"
 
 
 def _talk_view(talk: Talk, suffix: str, embed: Any) -> dict[str, Any]:

@@ -163,8 +163,8 @@ def counts_line(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in shown if name)
 
 
-SCALES = {"%": 100.0}
-"""Largest value of a headline by its unit, where it is not that of its references."""
+SCALES = {"%": 100.0, "points": 2000.0}
+"""Where bars end, by unit; points are those of MME's perception. Otherwise at the largest figure shown."""
 
 
 def figure(value: float | None, unit: str) -> str:
@@ -182,7 +182,7 @@ def headline_row(name: str, result: Mapping[str, Any]) -> HeadlineRow | None:
     references = [(r["model"], float(r["value"])) for r in result.get("references", ())]
     blind = result.get("shuffled", {}).get("headline") or {}
     values = [v for v in (found["value"], blind.get("value"), *(v for _, v in references)) if v is not None]
-    scale = SCALES.get(found["unit"]) or found.get("scale") or 1.05 * max(values, default=1.0)
+    scale = SCALES.get(found["unit"]) or 1.05 * max(values, default=1.0)
     return HeadlineRow(
         name, found["name"], found["value"], found["unit"], scale, references, blind.get("value")
     )
