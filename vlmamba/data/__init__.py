@@ -14,15 +14,17 @@ from vlmamba.data.collate import MODEL_KEYS, collate
 from vlmamba.data.conversation import Conversation, parse_row, place_images
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.downloads import download_hint
+from vlmamba.data.encode import SampleEncoder
 from vlmamba.data.images import open_image, resolve_image_path
 from vlmamba.data.ledger import BadSamples
 from vlmamba.data.lengths import LengthTable, compute_lengths
-from vlmamba.data.loader import Loader, Step, build_loader
+from vlmamba.data.loader import Loader, Step, StepLoader, build_loader
 from vlmamba.data.mixture import Mixture
 from vlmamba.data.packing import PACK_MULTIPLE, pack
 from vlmamba.data.sampler import EpochPlan, PlanAccount, PlanSettings, plan_epoch
-from vlmamba.data.sources import SOURCES, LLaVASource, build_source
-from vlmamba.data.types import EVENTS, Encoded, ImageRef, Message, Processor, RowError, Sample, Source
+from vlmamba.data.sources import SOURCES, LLaVASource, build_source, build_stream
+from vlmamba.data.stream import StreamLoader, StreamSettings
+from vlmamba.data.types import EVENTS, Encoded, ImageRef, Message, Processor, RowError, Sample, Source, Stream
 
 __all__ = [
     "EVENTS",
@@ -46,11 +48,17 @@ __all__ = [
     "Processor",
     "RowError",
     "Sample",
+    "SampleEncoder",
     "Source",
     "Step",
+    "StepLoader",
+    "Stream",
+    "StreamLoader",
+    "StreamSettings",
     "VLDataset",
     "build_loader",
     "build_source",
+    "build_stream",
     "cache_folder",
     "check",
     "collate",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -57,6 +57,38 @@ class Step:
         for batch in self.micro_batches:
             events.update(batch["events"])
         object.__setattr__(self, "events", dict(events))
+
+
+class StepLoader(Protocol):
+    """What the training loop sees of its data: `Loader`, or `vlmamba.data.stream.StreamLoader`.
+
+    Epoch and position count optimizer steps, which are the same on any number of ranks.
+    """
+
+    epoch: int
+    position: int
+    bad_samples: BadSamples
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the data, None when not known."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Step]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, on any number of ranks."""
+        ...
+
+    def close(self) -> None:
+        """Stop the workers."""
+        ...
 
 
 class Loader:

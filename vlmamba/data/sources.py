@@ -12,7 +12,7 @@ from vlmamba.data.conversation import OrphanTokens, parse_row
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.data.images import resolve_image_path
 from vlmamba.data.index import RowFile
-from vlmamba.data.types import ImageRef, RowError, Sample, Source
+from vlmamba.data.types import ImageRef, RowError, Sample, Source, Stream
 from vlmamba.errors import DataError, ImageError, MissingFileError
 from vlmamba.registry import Registry
 
@@ -148,3 +148,9 @@ def build_source(kind: str = "llava", **options: object) -> Source:
     """
     source: Source = SOURCES.get(kind)(**options)
     return source
+
+
+def build_stream(kind: str, **options: object) -> Stream:
+    """As `build_source`, of what is read from beginning to end ("hf", "webdataset")."""
+    stream: Stream = STREAMS.get(kind)(**options)
+    return stream

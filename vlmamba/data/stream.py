@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,29 +26,11 @@ from vlmamba.data.dataset import bad_record
 from vlmamba.data.encode import IGNORE, SampleEncoder
 from vlmamba.data.ledger import BadSamples
 from vlmamba.data.loader import Step, as_is, leave_signals_to_the_parent, received
-from vlmamba.data.types import Batch, Item, RowError, Sample
+from vlmamba.data.types import Batch, Item, RowError, Sample, Stream
 from vlmamba.errors import ConfigError, DataError, VLMambaError
 
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it, without their whole part, fill [0, 1) evenly at any number of them."""
-
-
-class Stream(Protocol):
-    """Shards of rows, each read from beginning to end."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def num_shards(self) -> int: ...  # noqa: D102
-
-    def read(self, shard: int, start: int = 0) -> Iterator[Sample | RowError]:
-        """The rows of a shard from row `start` on, always the same; unusable ones as their error."""
-        ...
-
-    def count(self, shard: int) -> int:
-        """The rows of a shard."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +151,6 @@ class StreamLoader:
             more are started than can share them equally.
     """
 
-    num_rows = None
-
     def __init__(
         self,
         streams: Sequence[Stream],
@@ -196,6 +176,11 @@ class StreamLoader:
         self.num_workers = max((n for n in range(1, num_workers + 1) if mine % n == 0), default=0)
         self.prefetch_factor, self.pin_memory = prefetch_factor, pin_memory
         self._iterator: Any = None
+
+    @property
+    def num_rows(self) -> int | None:
+        """Not known."""
+        return None
 
     def __len__(self) -> int:
         """Steps of the run, which counts as one epoch."""

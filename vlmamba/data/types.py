@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -74,6 +74,24 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Sample: ...
+
+
+class Stream(Protocol):
+    """Shards of rows, each read from beginning to end."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def num_shards(self) -> int: ...  # noqa: D102
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Sample | RowError]:
+        """The rows of a shard from row `start` on, always the same; unusable ones as their error."""
+        ...
+
+    def count(self, shard: int) -> int:
+        """The rows of a shard."""
+        ...
 
 
 class Encoded(Protocol):

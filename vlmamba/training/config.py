@@ -14,11 +14,18 @@ class SourceConfig(Config):
     """One data source."""
 
     annotations: str
-    """JSON list or JSON lines in LLaVA's format."""
+    """JSON list or JSON lines in LLaVA's format; with kind hf a data set's name or folder, with kind webdataset
+    tar shards (`shards/*.tar`, `shards/{00000..00127}.tar`)."""
+    kind: Literal["llava", "hf", "webdataset"] = "llava"
+    """What it is: LLaVA's files, a Hugging Face data set, or tar shards."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    subset: str | None = None
+    """Configuration of a Hugging Face data set that has several."""
     image_root: str = ""
     """Folder that the rows' image paths start from; empty: the folder of the annotations."""
     weight: float = 1.0
-    """How often each row is seen an epoch: 2 twice, 0.5 every second row."""
+    """How often each row is seen an epoch: 2 twice, 0.5 every second row. Streamed: its share of the rows."""
     name: str | None = None
     """Name in logs; by default that of the file."""
     hint: str = ""
@@ -43,6 +50,8 @@ class DataConfig(Config):
 
     sources: tuple[SourceConfig, ...]
     """Annotation files with their image folders; mixed by their weights."""
+    stream: bool = False
+    """Read hf and webdataset sources from beginning to end instead of by row; needs epochs none and max_steps."""
     max_length: int = 2048
     """Longest sample in tokens, image tokens included; longer answers are cut, images never."""
     image_position: Literal["inline", "front"] = "inline"
@@ -60,6 +69,8 @@ class DataConfig(Config):
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("data.sources: no source given.")
+        if self.stream:
+            self._check_stream()
         if self.max_length < 1:
             raise ConfigError(f"data.max_length must be positive, got {self.max_length}.")
         if self.pack_length is not None and (self.pack_length % 64 or self.pack_length < self.max_length):
@@ -72,6 +83,19 @@ class DataConfig(Config):
             raise ConfigError(f"data.num_workers must not be negative, got {self.num_workers}.")
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise ConfigError(f"data.max_bad_fraction is a share from 0 to 1, got {self.max_bad_fraction}.")
+
+    def _check_stream(self) -> None:
+        if self.pack_length is not None or self.order != "random":
+            raise ConfigError(
+                "data.stream reads rows whose lengths are not known ahead, so neither data.pack_length nor "
+                f"data.order {self.order} can be had. Read the sources by row (data.stream false) for that."
+            )
+        whole = [s.annotations for s in self.sources if s.kind == "llava"]
+        if whole:
+            raise ConfigError(
+                f"data.stream: {whole[0]} is of kind llava, which is read by row. Set data.stream false, or the kind "
+                "of the source to hf or webdataset."
+            )
 
 
 class BatchConfig(Config):

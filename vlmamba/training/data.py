@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmamba.data import (
     PACK_MULTIPLE,
+    BadSamples,
+    LengthTable,
     Loader,
     Mixture,
     PlanSettings,
-    Source,
+    SampleEncoder,
+    StreamLoader,
+    StreamSettings,
     VLDataset,
     build_loader,
     build_source,
+    build_stream,
     cache_folder,
     compute_lengths,
     missing_folders,
 )
 from vlmamba.errors import ConfigError, MissingFileError
-from vlmamba.training.config import TrainConfig
+from vlmamba.training.config import SourceConfig, TrainConfig
 from vlmamba.training.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -32,17 +38,22 @@ TOLERATED_BAD_FRACTION = 0.01
 """Above it, the user has said that rows without pictures are to be left out."""
 
 
-def open_sources(config: TrainConfig) -> list[Source]:
-    """Index the annotation files, and look whether the folders of their images are there.
+def open_sources(config: TrainConfig) -> list[Any]:
+    """Open the sources, and look whether the folders of their images are there.
+
+    Returns:
+        A `Source` each, or with ``data.stream`` a `Stream`.
 
     Raises:
         MissingFileError: An annotation file or a folder that its rows name is not there.
-        DataError: An annotation file is no list of rows.
+        DataError: A source has no rows that can be read.
+        ConfigError: A stream without ``max_steps``.
     """
-    sources = [
-        build_source("llava", annotations=s.annotations, image_root=s.root, name=s.name, hint=s.hint)
-        for s in config.data.sources
-    ]
+    if config.data.stream:
+        if config.epochs is not None:
+            raise ConfigError("data.stream has no epochs: set --epochs none and --max_steps.")
+        return [build_stream(s.kind, **_options(s)) for s in config.data.sources]
+    sources = [build_source(s.kind, **_options(s)) for s in config.data.sources]
     missing = {folder: hint for source in sources for folder, hint in missing_folders(source).items()}
     if missing:
         message = missing_folders_message(missing)
@@ -50,6 +61,16 @@ def open_sources(config: TrainConfig) -> list[Source]:
             raise MissingFileError(message)
         logger.warning("%s", message)
     return sources
+
+
+def _options(source: SourceConfig) -> dict[str, Any]:
+    """What the constructor of its kind takes."""
+    options: dict[str, Any] = {"annotations": source.annotations, "name": source.name, "hint": source.hint}
+    if source.kind == "llava":
+        options["image_root"] = source.root
+    if source.kind == "hf":
+        options.update(split=source.split, subset=source.subset, image_root=source.image_root or None)
+    return options
 
 
 def missing_folders_message(missing: Mapping[Path, str | None]) -> str:
@@ -68,8 +89,8 @@ def missing_folders_message(missing: Mapping[Path, str | None]) -> str:
 
 
 def build_data(
-    config: TrainConfig, sources: Sequence[Source], processor: Any, parallel: Parallel, *, run_dir: Path
-) -> Loader:
+    config: TrainConfig, sources: Sequence[Any], processor: Any, parallel: Parallel, *, run_dir: Path
+) -> Loader | StreamLoader:
     """Mixture, data set, plan, loader.
 
     Raises:
@@ -78,30 +99,65 @@ def build_data(
         DataError: Too many rows cannot be used.
     """
     data = config.data
+    listed = run_dir / "bad_samples.jsonl" if parallel.is_main else None
+    shared: dict[str, Any] = {
+        "rank": parallel.rank,
+        "world_size": parallel.world_size,
+        "num_workers": data.num_workers,
+        "pin_memory": parallel.device.type == "cuda",
+    }
+    if data.stream:
+        stream = stream_settings(config, parallel.world_size)
+        account = BadSamples(stream.steps * stream.step_samples, data.max_bad_fraction, listed)
+        encoder = SampleEncoder(processor, max_length=data.max_length, image_position=data.image_position)
+        weights = [s.weight for s in data.sources]
+        return StreamLoader(sources, encoder, stream, weights=weights, bad_samples=account, **shared)
     mixture = Mixture(sources, [s.weight for s in data.sources], seed=config.seed)
     dataset = VLDataset(
         mixture, processor, max_length=data.max_length, image_position=data.image_position, seed=config.seed
     )
     settings = plan_settings(config, parallel.world_size)
-    lengths = None
-    if settings.needs_lengths:
-        lengths = compute_lengths(
-            dataset,
-            cache_dir=cache_folder(),
-            processor_fingerprint=processor_fingerprint(processor),
-            num_workers=data.num_workers,
-            progress=parallel.is_main,
-        )
+    lengths = _lengths(dataset, processor, parallel, data.num_workers) if settings.needs_lengths else None
     return build_loader(
         dataset,
         settings,
         lengths=lengths,
         max_bad_fraction=data.max_bad_fraction,
-        bad_samples_path=run_dir / "bad_samples.jsonl" if parallel.is_main else None,
-        rank=parallel.rank,
-        world_size=parallel.world_size,
-        num_workers=data.num_workers,
-        pin_memory=parallel.device.type == "cuda",
+        bad_samples_path=listed,
+        **shared,
+    )
+
+
+def _lengths(dataset: VLDataset, processor: Any, parallel: Parallel, num_workers: int) -> LengthTable:
+    """The lengths of all rows, measured by the first process of each host; the others read what it kept."""
+    first = int(os.environ.get("LOCAL_RANK", parallel.rank)) == 0
+    if not first:
+        parallel.barrier()
+    table = compute_lengths(
+        dataset,
+        cache_dir=cache_folder(),
+        processor_fingerprint=processor_fingerprint(processor),
+        num_workers=num_workers,
+        progress=parallel.is_main,
+    )
+    if first:
+        parallel.barrier()
+    return table
+
+
+def stream_settings(config: TrainConfig, world_size: int) -> StreamSettings:
+    """How streams are divided.
+
+    Raises:
+        ConfigError: The micro-batch is given in tokens, or does not fit the global batch and the processes.
+    """
+    micro = config.batch.micro_batch_size
+    if micro is None:
+        raise ConfigError("data.stream does not know lengths ahead: set batch.micro_batch_size, in samples.")
+    settings = plan_settings(config, world_size)
+    assert settings.step_samples is not None and config.max_steps is not None
+    return StreamSettings(
+        step_samples=settings.step_samples, micro_samples=micro, steps=config.max_steps, seed=config.seed
     )
 
 
@@ -135,11 +191,12 @@ def plan_settings(config: TrainConfig, world_size: int) -> PlanSettings:
     )
 
 
-def total_steps(config: TrainConfig, loader: Loader) -> int:
+def total_steps(config: TrainConfig, loader: Loader | StreamLoader) -> int:
     """Optimizer steps of the whole run."""
     if config.epochs is None:
         assert config.max_steps is not None
         return config.max_steps
+    assert isinstance(loader, Loader)
     steps = 0
     for epoch in range(config.epochs):
         steps += len(loader.plan_of(epoch))

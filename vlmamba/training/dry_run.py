@@ -102,7 +102,7 @@ def _data_section(config: TrainConfig) -> str:
 
 def _rows_of(source: SourceConfig) -> tuple[int | None, str]:
     path = Path(source.annotations).expanduser()
-    if path.is_file():
+    if source.kind == "llava" and path.is_file():
         return len(RowFile(path)), ""
     if source.expected_rows is not None:
         return source.expected_rows, " (as published; the file is missing)"
@@ -123,7 +123,8 @@ def _missing_image_folders(config: TrainConfig) -> list[MissingItem]:
     """Folders named by the rows of the annotation files that are there."""
     items = []
     for source in config.data.sources:
-        if Path(source.annotations).expanduser().is_file() and source.root.expanduser().is_dir():
+        here = source.kind == "llava" and Path(source.annotations).expanduser().is_file()
+        if here and source.root.expanduser().is_dir():
             opened = build_source("llava", annotations=source.annotations, image_root=source.root)
             for folder, hint in list(missing_folders(opened).items())[:MOST_LISTED]:
                 items.append(MissingItem("images", str(folder), hint or source.hint))

@@ -51,6 +51,8 @@ def missing_files(config: TrainConfig) -> list[MissingItem]:
             hint = language.hint if what == "language model" else ""
             items.append(MissingItem(what, path, hint or _hub_hint(path), looks_like_hub_id(path)))
     for source in config.data.sources:
+        if source.kind != "llava":
+            continue  # names, patterns and addresses: the source itself says what it misses
         annotations, root = Path(source.annotations).expanduser(), source.root.expanduser()
         if not annotations.is_file():
             hint = source.hint or download_hint(annotations) or ""

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vlmamba.data import MODEL_KEYS, Loader, Step
+from vlmamba.data import MODEL_KEYS, Step, StepLoader
 from vlmamba.errors import TrainingError
 from vlmamba.training.checkpoint import RunState
 from vlmamba.training.config import TrainConfig
@@ -55,7 +55,7 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    loader: Loader
+    loader: StepLoader
     state: RunState
     window: Window
     save: Callable[[RunState], None]
@@ -110,7 +110,7 @@ def save(run: Training) -> int:
     return run.state.step
 
 
-def steps(loader: Loader, count: int) -> Iterator[Step]:
+def steps(loader: StepLoader, count: int) -> Iterator[Step]:
     """The next `count` optimizer steps, over as many epochs as that takes."""
     while count > 0:
         for step in loader:
