@@ -16,16 +16,15 @@ PROGRAMS = Path(__file__).with_name("programs.py")
 Ranks = Callable[..., list[Ended]]
 
 
-def _training_conftest() -> ModuleType:
-    path = Path(__file__).parents[1] / "training" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("training_conftest", path)
+def _load(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-_shared = _training_conftest()
+_shared = _load(Path(__file__).parents[1] / "training" / "conftest.py", "training_conftest")
 weights = _shared.weights
 task = _shared.task
 quiet = _shared.quiet
@@ -37,9 +36,16 @@ def values(make_config: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """``values({"optim.lr": 1e-3}, output="a")``: the plain values of the small run."""
 
     def make(changes: dict[str, Any] | None = None, *, output: str = "run") -> dict[str, Any]:
+        changes = {"stall_seconds": 200.0, **(changes or {})}
         return make_config(changes, output=output).to_dict()  # type: ignore[no-any-return]
 
     return make
+
+
+@pytest.fixture
+def programs() -> ModuleType:
+    """The functions of programs.py, to be called in this process."""
+    return _load(PROGRAMS, "programs")
 
 
 @pytest.fixture
@@ -59,6 +65,7 @@ def ranks(tmp_path: Path) -> Ranks:
             world_size=world_size,
             folder=tmp_path / f"ranks-{count}",
             environment=environment,
+            seconds=options.pop("seconds", 240.0),
             **options,
         )
 

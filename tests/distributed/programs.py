@@ -1,58 +1,156 @@
-"""What the processes of a test do; loaded by path in each of them."""
+"""What the processes of a test do; loaded by path in each of them.
+
+Several runs one after another share one process group, so that a test starts its processes once.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import signal
+import time
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
-from vlmamba.training import loop
+from vlmamba.errors import VLMambaError
+from vlmamba.training import faults, loop
 from vlmamba.training.config import TrainConfig
+from vlmamba.training.parallel.group import GroupParallel
 from vlmamba.training.run import run
 
+GroupParallel.close = lambda self: None  # type: ignore[method-assign]
 
-def train(
-    values: dict[str, Any], *, resume: bool = False, die_after: int | None = None, deaths: str = "raise"
-) -> dict[str, Any]:
-    """A run; returns what it came to in this process."""
+
+class Enough(Exception):
+    """Ends a run on purpose."""
+
+
+def train(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs one after another. A job has ``values`` and may have what `_train` takes."""
     logging.basicConfig(level=logging.INFO)
-    seen: dict[str, Any] = {"losses": [], "norms": [], "images": []}
-    real = loop.optimizer_step
+    return [_train(**job) for job in jobs]
+
+
+def _train(
+    values: dict[str, Any],
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    hosts: int = 1,
+    fault: tuple[str, int, int] | None = None,
+) -> dict[str, Any]:
+    """One run; what it came to in this process.
+
+    Args:
+        resume, values: As for `run`.
+        stop_after: Raise after this step.
+        hosts: See `pretend`.
+        fault: What happens, on which rank, at which step; see `FAULTS`.
+    """
+    pretend(hosts)
+    seen: dict[str, Any] = {"losses": [], "norms": [], "outcome": "broken off"}
+    real_step, real_advance = loop.optimizer_step, loop.advance
+    what, rank, at = fault or ("", -1, -1)
+    here = int(os.environ.get("RANK", "0")) == rank
 
     def recorded(training: Any, step: Any) -> tuple[float, float]:
-        seen["images"].append(["pixel_values" in batch for batch in step.micro_batches])
-        loss, norm = real(training, step)
+        loss, norm = real_step(training, step)
         seen["losses"].append(loss)
         seen["norms"].append(norm)
         return loss, norm
 
-    loop.optimizer_step = recorded
-    result = run(TrainConfig.from_dict(values), resume=resume)
-    return {**seen, "outcome": result.outcome, "step": result.step}
+    def advance(training: Any, *rest: Any) -> None:
+        real_advance(training, *rest)
+        if here and training.state.step >= at and what in FAULTS:
+            FAULTS[what](training)
+        if training.state.step == stop_after:
+            raise Enough
+
+    loop.optimizer_step, loop.advance = recorded, advance
+    real_inputs = loop.inputs_of
+    if here and what == "nan":
+        count = 0
+
+        def poisoned(batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
+            nonlocal count
+            count += 1
+            inputs = real_inputs(batch, device)
+            if count in (at, at + 1) and "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+            return inputs
+
+        loop.inputs_of = poisoned
+    try:
+        result = run(TrainConfig.from_dict(values), resume=resume)
+        seen |= {"outcome": result.outcome, "step": result.step}
+    except Enough:
+        pass
+    except VLMambaError as error:
+        seen |= {"outcome": type(error).__name__, "message": str(error)}
+    finally:
+        loop.optimizer_step, loop.advance, loop.inputs_of = real_step, real_advance, real_inputs
+        FileSystemWriter.write_data = REAL_WRITE
+    return seen
 
 
-def gradients(values: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The whole gradients of the first step, after clipping has been left out."""
+def _sleep(training: Any) -> None:
+    faults.GRACE_SECONDS = 2.0
+    time.sleep(600)
+
+
+def _full_disk(training: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    FileSystemWriter.write_data = refuse
+
+
+REAL_WRITE = FileSystemWriter.write_data
+FAULTS = {
+    "SIGTERM": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
+    "SIGKILL": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "stall": _sleep,
+    "full disk": _full_disk,
+}
+
+
+def pretend(hosts: int) -> None:
+    """Let the processes look as if they ran on so many hosts."""
+    if "WORLD_SIZE" in os.environ:
+        local = int(os.environ["WORLD_SIZE"]) // hosts
+        os.environ |= {"LOCAL_WORLD_SIZE": str(local), "LOCAL_RANK": str(int(os.environ["RANK"]) % local)}
+
+
+def gradients(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Loss and whole gradients of the first step of several runs, and which micro-batches had images."""
+    return [_gradients(**job) for job in jobs]
+
+
+def _gradients(values: dict[str, Any], hosts: int = 1) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
     from vlmamba.training.parts import trainable_parameters
 
-    found: dict[str, torch.Tensor] = {}
-
-    class Enough(Exception):
-        pass
+    pretend(hosts)
+    found: dict[str, Any] = {}
+    real = loop.optimizer_step
 
     def caught(training: Any, step: Any) -> tuple[float, float]:
         (supervised,) = training.parallel.sum_counts(step.num_supervised)
         loss = loop.accumulate_gradients(training, step, supervised).sum()
-        training.parallel.clip_grad_norm(trainable_parameters(training.model).values(), None)
-        for name, parameter in trainable_parameters(training.model).items():
+        parameters = trainable_parameters(training.model)
+        found["norm"] = training.parallel.clip_grad_norm(parameters.values(), None)
+        for name, parameter in parameters.items():
             grad = parameter.grad
             if grad is not None:
                 whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
                 found[name.removeprefix("module.")] = whole.clone()
         found["loss"] = torch.tensor(training.parallel.sum_floats(float(loss)))
+        found["images"] = ["pixel_values" in batch for batch in step.micro_batches]
         raise Enough
 
     loop.optimizer_step = caught
@@ -60,4 +158,6 @@ def gradients(values: dict[str, Any]) -> dict[str, torch.Tensor]:
         run(TrainConfig.from_dict(values))
     except Enough:
         return found
+    finally:
+        loop.optimizer_step = real
     raise AssertionError("no step was taken")

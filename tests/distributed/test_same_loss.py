@@ -11,12 +11,13 @@ import pytest
 import torch
 
 Values = Callable[..., dict[str, Any]]
-STRATEGIES = ["ddp", "fsdp2", "fsdp2-full", "fsdp2-hybrid"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": "ddp"},
     "fsdp2": {"parallel": "fsdp2"},
     "fsdp2-full": {"parallel": "fsdp2", "sharding.shard": "full", "gradient_checkpointing": True},
-    "fsdp2-hybrid": {"parallel": "fsdp2", "sharding.hybrid": True},
+    "fsdp2-hybrid": {"parallel": "fsdp2", "sharding.hybrid": True, "batch.micro_batch_size": 2},
+    "fsdp2-frozen": {"parallel": "fsdp2", "sharding.shard_frozen": True, "batch.micro_batch_size": 1},
+    "ddp-accumulated": {"parallel": "ddp", "batch.micro_batch_size": 1},
 }
 
 
@@ -30,27 +31,34 @@ def mixed_rows(task: Path, tmp_path: Path) -> str:
     return str(tmp_path / "mixed.json")
 
 
-def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+def assert_close(first: dict[str, Any], second: dict[str, Any], what: str) -> None:
     assert first.keys() == second.keys()
-    for name, tensor in first.items():
+    for name in first.keys() - {"images"}:
         torch.testing.assert_close(
-            second[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            second[name], first[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{what}: {n}: {m}"
         )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_gradients(strategy: str, values: Values, ranks: Any, mixed_rows: str) -> None:
-    """With text-only rows on one rank alone: no hang, and the connector's gradients are the same."""
+@pytest.mark.parametrize("train", ["multi_modal_projector,language_model", "multi_modal_projector"])
+def test_gradients(train: str, values: Values, ranks: Any, programs: Any, mixed_rows: str) -> None:
+    """With text-only rows on one rank alone: no hang, and every gradient is that of one process."""
     changes = {
+        "train": train,
         "data.sources.0.annotations": mixed_rows,
         "data.order": "length",
         "batch.global_batch_size": 8,
         "batch.micro_batch_size": 4,
     }
-    (alone,) = ranks("gradients", values(changes, output="alone"), world_size=1)
-    assert len(alone.value) > 10 and alone.value["multi_modal_projector.linear_1.weight"].abs().sum() > 0
-    more = {"LOCAL_WORLD_SIZE": "1"} if strategy == "fsdp2-hybrid" else {}
-    ends = ranks("gradients", values({**changes, **SETTINGS[strategy]}), environment=more)
-    for end in ends:
-        assert end.exitcode == 0, end.output
-        assert_close(alone.value, end.value)
+    (alone,) = programs.gradients([{"values": values(changes, output="alone")}])
+    assert alone["multi_modal_projector.linear_1.weight"].abs().sum() > 0
+    jobs = []
+    for name, settings in SETTINGS.items():
+        hosts = 2 if name == "fsdp2-hybrid" else 1
+        jobs.append({"values": values({**changes, **settings}, output=name), "hosts": hosts})
+    first, second = ranks("gradients", jobs)
+    assert first.exitcode == second.exitcode == 0, first.output + second.output
+    for name, *both in zip(SETTINGS, first.value, second.value, strict=True):
+        if SETTINGS[name].get("batch.micro_batch_size", 4) == 4:
+            assert [each["images"] for each in both] == [[True], [False]]
+        for each in both:
+            assert_close(alone, each, name)

@@ -1,12 +1,25 @@
-"""``vlmamba train RECIPE``: train, or show what would be trained."""
+"""``vlmamba train RECIPE``: train, or show what would be trained.
+
+Exit codes: 0 finished; 2 an error that the message explains; 75 stopped on request after saving, start again with
+--resume; 74 nothing moved for too long.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vlmamba.config import describe, dump_yaml, list_recipes, load_recipe
+from vlmamba.errors import VLMambaError
 from vlmamba.training.config import TrainConfig
+from vlmamba.training.faults import EXIT_STOPPED
+from vlmamba.training.parallel.launch import read_launch
+from vlmamba.training.parallel.spawn import is_launched, processes_here, spawn
 
 
 def run(words: Sequence[str]) -> int:
@@ -24,6 +37,16 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in its output folder")
     parser.add_argument(
+        "--force", action="store_true", help="with --resume: go on though settings differ, and name them"
+    )
+    parser.add_argument(
+        "--nproc",
+        metavar="N",
+        default=os.environ.get("NPROC", "1"),
+        help="processes on this host, or auto: one a GPU; several hosts by NNODES, NODE_RANK, MASTER_ADDR (default: "
+        "$NPROC or 1; torchrun, srun, accelerate launch and deepspeed work as well)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="sizes, steps and missing files; needs no weights"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML")
@@ -38,19 +61,66 @@ def run(words: Sequence[str]) -> int:
     if arguments.print_config:
         print(dump_yaml(recipe.config), end="")
         return 0
-    print(f"recipe {recipe.path}{':' + recipe.function if recipe.function else ''}")
-    for change in recipe.changes:
-        print(f"  {change}")
+    if not arguments.dry_run and not is_launched():
+        count = _count(parser, arguments.nproc)
+        if count > 1 or "NNODES" in os.environ:
+            return spawn(_without_nproc(words), count)
+    rank = read_launch().rank
+    if rank:
+        logging.getLogger().setLevel(logging.WARNING)
+    else:
+        print(f"recipe {recipe.path}{':' + recipe.function if recipe.function else ''}")
+        for change in recipe.changes:
+            print(f"  {change}")
     if arguments.dry_run:
         from vlmamba.training.dry_run import dry_run
 
         print(dry_run(recipe.config))
         return 0
+    return _train(recipe.config, resume=arguments.resume, force=arguments.force)
+
+
+def _train(config: TrainConfig, *, resume: bool, force: bool) -> int:
     from vlmamba.training.run import run as train
 
-    result = train(recipe.config, resume=arguments.resume)
+    launch = read_launch()
+    try:
+        result = train(config, resume=resume, force=force)
+    except Exception as error:
+        if launch.world_size == 1:
+            raise
+        _leave(error, launch.rank)
     if result.export is not None:
-        print(f"done: {result.step} steps; the model is in {result.export}")
+        if not launch.rank:
+            print(f"done: {result.step} steps; the model is in {result.export}")
         return 0
-    print(f"stopped at step {result.step}; continue with the same command and --resume")
-    return 0
+    if not launch.rank:
+        print(f"stopped at step {result.step}; continue with the same command and --resume")
+    return EXIT_STOPPED
+
+
+def _leave(error: Exception, rank: int) -> NoReturn:
+    """End one of several processes at once: the others may hang, and waiting for them at exit would too."""
+    known = isinstance(error, VLMambaError)
+    text = f"vlmamba train: rank {rank}: {error}\n" if known else "".join(traceback.format_exception(error))
+    sys.stderr.write(text if known else "".join(f"rank {rank}: {line}" for line in text.splitlines(True)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if known else 1)
+
+
+def _count(parser: argparse.ArgumentParser, text: str) -> int:
+    if text == "auto":
+        return processes_here()
+    if not text.isdigit() or text == "0":
+        parser.error(f"--nproc: a number of processes or auto, got {text!r}")
+    return int(text)
+
+
+def _without_nproc(words: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    for index, word in enumerate(words):
+        if word == "--nproc" or word.startswith("--nproc=") or (index and words[index - 1] == "--nproc"):
+            continue
+        kept.append(word)
+    return kept

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -57,10 +59,16 @@ def run_ranks(
         world_size: How many processes; 1 is one without launcher variables.
         folder: For outputs and results.
         environment: Further variables.
-        seconds: After which what still runs is killed.
+        seconds: After which what still runs writes down its stacks and is ended.
     """
     processes = start_ranks(
-        program, function, *arguments, world_size=world_size, folder=folder, environment=environment
+        program,
+        function,
+        *arguments,
+        world_size=world_size,
+        folder=folder,
+        environment=environment,
+        seconds=seconds,
     )
     return wait_for(processes, folder, seconds=seconds)
 
@@ -72,6 +80,7 @@ def start_ranks(
     world_size: int,
     folder: Path,
     environment: dict[str, str] | None = None,
+    seconds: float = 120.0,
 ) -> list[Any]:
     """As `run_ranks`, without waiting."""
     context = multiprocessing.get_context("forkserver")
@@ -91,7 +100,7 @@ def start_ranks(
             }
             variables.setdefault("LOCAL_WORLD_SIZE", str(world_size))
         process = context.Process(
-            target=_rank, args=(program, function, arguments, variables, folder / str(rank)), daemon=False
+            target=_rank, args=(program, function, arguments, variables, folder / str(rank), seconds)
         )
         process.start()
         processes.append(process)
@@ -102,7 +111,7 @@ def wait_for(processes: Sequence[Any], folder: Path, *, seconds: float = 120.0) 
     """The ends of started processes; what runs longer is killed."""
     import torch
 
-    limit = time.monotonic() + seconds
+    limit = time.monotonic() + seconds + 5.0
     ends = []
     for rank, process in enumerate(processes):
         process.join(max(0.1, limit - time.monotonic()))
@@ -121,14 +130,31 @@ def wait_for(processes: Sequence[Any], folder: Path, *, seconds: float = 120.0) 
     return ends
 
 
+def _dump_after(seconds: float) -> None:
+    """Should the function hang, say where; a watch of its own may use faulthandler's only timer meanwhile."""
+
+    def dump() -> None:
+        time.sleep(seconds)
+        faulthandler.dump_traceback(2)
+        os._exit(124)
+
+    threading.Thread(target=dump, daemon=True).start()
+
+
 def _rank(
-    program: Path, function: str, arguments: Sequence[Any], variables: dict[str, str], stem: Path
+    program: Path,
+    function: str,
+    arguments: Sequence[Any],
+    variables: dict[str, str],
+    stem: Path,
+    seconds: float,
 ) -> None:
     import torch
 
     with stem.with_suffix(".output").open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    _dump_after(seconds)
     os.environ.update(variables)
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location(program.stem, program)

@@ -76,8 +76,7 @@ def run(config: TrainConfig, *, resume: bool = False, force: bool = False) -> Ru
         TrainingError: Loss or gradients are not finite.
     """
     parallel = make_parallel(config.parallel, config.device, config)
-    with reported(parallel):
-        result = _run(config, parallel, resume=resume, force=force)
+    result = _run(config, parallel, resume=resume, force=force)
     parallel.close()
     return result
 
@@ -85,12 +84,13 @@ def run(config: TrainConfig, *, resume: bool = False, force: bool = False) -> Ru
 def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) -> RunResult:
     # Config, files, and a folder that is ours.
     check_files(config)
+    given, config = config, fit_micro_batch(config, parallel.world_size)
     run_dir = Path(config.output)
     channel = parallel.channel()
     with main_first(parallel):
         logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
         sources = open_sources(config)
-    start = channel.on_main(lambda: _open_run(config, run_dir, parallel, resume=resume, force=force))
+    start = channel.on_main(lambda: _open_run(given, run_dir, parallel, resume=resume, force=force))
 
     # Model: built from its parts, weights of an earlier stage put in, what trains decided.
     model, processor = prepare_model(config, parallel.device)
@@ -104,7 +104,10 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         loader = build_data(config, sources, processor, parallel, run_dir=run_dir)
     count = total_steps(config, loader)
     logger.info(
-        "data: %d rows, %d steps of %d samples", len(loader.dataset), count, config.batch.global_batch_size
+        "data: %s rows, %d steps of %d samples",
+        loader.num_rows or "streamed",
+        count,
+        config.batch.global_batch_size,
     )
     flops = FlopCount.of(model, patches=model.vision_tower.num_tokens)
     compile_parts(model, config.compile)
@@ -175,6 +178,22 @@ def _export(config: TrainConfig, parallel: Parallel, model: Any, processor: Any,
     if not parallel.replicated:
         return export_run(run_dir)
     return export_model(model, processor, run_dir / EXPORT, dtype=compute_dtype(config.precision))
+
+
+def fit_micro_batch(config: TrainConfig, processes: int) -> TrainConfig:
+    """Smaller micro-batches where the step, divided by the processes, holds less than one; the step stays as it is."""
+    micro, total = config.batch.micro_batch_size, config.batch.global_batch_size
+    if micro is None or total % processes or not total % (micro * processes):
+        return config
+    fitting = max(n for n in range(1, micro + 1) if not total // processes % n)
+    logger.info(
+        "batch.micro_batch_size: %d instead of %d, as each of %d processes has %d samples of a step",
+        fitting,
+        micro,
+        processes,
+        total // processes,
+    )
+    return config.replace(batch=config.batch.replace(micro_batch_size=fitting))
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
@@ -270,17 +289,6 @@ def main_first(parallel: Parallel) -> Iterator[None]:
     yield
     if parallel.is_main:
         parallel.barrier()
-
-
-@contextmanager
-def reported(parallel: Parallel) -> Iterator[None]:
-    """Log with its rank what ends one of several processes; the launcher then ends the others."""
-    try:
-        yield
-    except Exception as error:
-        if parallel.world_size > 1:
-            logger.error("rank %d of %d failed: %s", parallel.rank, parallel.world_size, error, exc_info=True)
-        raise
 
 
 @contextmanager

@@ -1,0 +1,164 @@
+"""Starting the processes of a run on this host: ``vlmamba train RECIPE --nproc 8``.
+
+What torchrun does, without its agent: a request to stop reaches every process and is given the time to save, and the
+exit code says whether to start again. Hosts know of each other by NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, or by
+srun's variables when it starts one task a host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from vlmamba.errors import ConfigError
+from vlmamba.training.faults import EXIT_STOPPED, STOP_SIGNALS
+from vlmamba.training.parallel.launch import DEFAULT_PORT, Launch, first_host, read_launch
+
+GRACE_SECONDS = 10.0
+"""What the other processes have to report and end themselves after one has failed."""
+
+
+def is_launched(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a launcher has started this process as one of several, or torchrun as the only one."""
+    return read_launch(environ).launcher != "none"
+
+
+def processes_here() -> int:
+    """One a GPU; one where there is none."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def launches(count: int, environ: Mapping[str, str] | None = None) -> list[Launch]:
+    """The places of the processes of this host.
+
+    Args:
+        count: How many.
+        environ: Variables that say which host of how many this is.
+
+    Raises:
+        ConfigError: They contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    hosts, host = int(environ.get("NNODES", "1")), int(environ.get("NODE_RANK", "0"))
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if "NNODES" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        task = read_launch({k: v for k, v in environ.items() if k.startswith(("SLURM_", "MASTER_"))})
+        hosts, host = task.world_size, task.rank
+        address = address or first_host(environ["SLURM_STEP_NODELIST"])
+        port = port or str(task.master_port)
+    if hosts > 1 and address is None:
+        raise ConfigError(f"NNODES is {hosts}, but MASTER_ADDR does not say where host 0 is reached.")
+    if not 0 <= host < hosts:
+        raise ConfigError(f"NODE_RANK is {host}, but it goes from 0 to NNODES - 1, which is {hosts - 1}.")
+    chosen = int(port) if port else (DEFAULT_PORT if hosts > 1 else _free_port())
+    return [
+        Launch(
+            rank=host * count + index,
+            world_size=hosts * count,
+            local_rank=index,
+            local_world_size=count,
+            master_addr=address or "127.0.0.1",
+            master_port=chosen,
+        )
+        for index in range(count)
+    ]
+
+
+def spawn(words: Sequence[str], count: int) -> int:
+    """Run ``vlmamba train WORDS`` in several processes until all have ended.
+
+    Returns:
+        0; or the exit code of the first process that failed, after which the others are ended; or
+        `EXIT_STOPPED`.
+    """
+    command = [sys.executable, "-m", "vlmamba", "train", *words]
+    children: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    previous = {each: signal.signal(each, forward) for each in STOP_SIGNALS}
+    try:
+        for place in launches(count):
+            children.append(
+                subprocess.Popen(
+                    command, env=variables(place), start_new_session=True, preexec_fn=_end_with_parent
+                )
+            )
+        return _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def variables(place: Launch) -> dict[str, str]:
+    """The environment of one process."""
+    threads = max(1, (os.cpu_count() or 1) // place.local_world_size)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+    }
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    failed_at: float | None = None
+    code = 0
+    while any(child.poll() is None for child in children):
+        if failed_at is None:
+            failures = [c for c in children if c.returncode not in (None, 0, EXIT_STOPPED)]
+            if failures:
+                failed_at, code = time.monotonic(), failures[0].returncode
+                sys.stderr.write(
+                    f"process {children.index(failures[0])} of this host ended with {_words(code)}; ending the others\n"
+                )
+        elif time.monotonic() - failed_at > GRACE_SECONDS:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+        time.sleep(0.05)
+    codes = [child.returncode for child in children]
+    failures_left = [c for c in codes if c not in (0, EXIT_STOPPED)]
+    code = code or (failures_left[0] if failures_left else max(codes))
+    return code if code >= 0 else 128 - code
+
+
+def _words(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
+
+
+def _end_with_parent() -> None:
+    """Should the parent be killed, Linux kills this process too (prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
