@@ -41,12 +41,12 @@ def layer_case(shape: tuple[int, int, int], options: Any) -> Case:
     layer = MambaMixer(width)
     exact = MambaMixer(width).double()
     exact.load_state_dict(layer.state_dict())
-    layer = _cast(layer, dtype).to(device)
+    layer = cast(layer, dtype).to(device)
     exact = exact.to(device)
     x = torch.randn(batch, length, width).to(device, dtype)
     backends = _backends(shape, layer, options)
     errors: dict[str, float] = {}
-    runs: dict[str, Callable[[], Any]] = {FLOOR: _runner(lambda y: projections(layer, y), layer, x)}
+    runs: dict[str, Callable[[], Any]] = {FLOOR: runner(lambda y: projections(layer, y), layer, x)}
     notes = []
     with use_backend("reference"):
         want = results(exact, exact, x.double())
@@ -54,14 +54,14 @@ def layer_case(shape: tuple[int, int, int], options: Any) -> Case:
         with use_backend(name):
             found = results(layer, layer, x)
         errors[f"vlmamba {name}"] = check_same(title, f"vlmamba {name}", found, want, TOLERANCE[dtype])
-        runs[f"vlmamba {name}"] = _with_backend(name, _runner(layer, layer, x))
+        runs[f"vlmamba {name}"] = with_backend(name, runner(layer, layer, x))
     if not options.no_peers:
         for name, peer in peers(layer, width, device, dtype).items():
             some = x[:, :CHECKED_TOKENS]
             with use_backend("reference"):
                 short = results(exact, exact, some.double())
             errors[name] = check_same(title, name, results(peer, peer, some), short, TOLERANCE[dtype])
-            runs[name] = _runner(peer, peer, x)
+            runs[name] = runner(peer, peer, x)
         notes.append(f"transformers was checked on the first {CHECKED_TOKENS} tokens.")
     rounds = options.rounds or (3 if options.quick else 9)
     timings = alternate(runs, rounds=rounds, device=device, budget=4.0 if options.quick else 20.0)
@@ -76,7 +76,7 @@ def peers(layer: MambaMixer, width: int, device: str, dtype: torch.dtype) -> dic
     config = MambaConfig(hidden_size=width, num_hidden_layers=1, state_size=layer.state_size)
     theirs = Theirs(config, layer_idx=0)
     theirs.load_state_dict(layer.state_dict())
-    return {"transformers": _cast(theirs, dtype).to(device).train()}
+    return {"transformers": cast(theirs, dtype).to(device).train()}
 
 
 def projections(layer: MambaMixer, x: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ def _backends(shape: tuple[int, int, int], layer: MambaMixer, options: Any) -> l
     return [name for name in fit if name != "reference"]
 
 
-def _cast(module: Any, dtype: torch.dtype) -> Any:
+def cast(module: Any, dtype: torch.dtype) -> Any:
     """In that dtype, but for what the scan reads in fp32."""
     for name, parameter in module.named_parameters():
         if not name.endswith(("A_log", "D", "dt_proj.bias")):
@@ -126,7 +126,8 @@ def _cast(module: Any, dtype: torch.dtype) -> Any:
     return module
 
 
-def _runner(run: Callable[[Tensor], Any], module: nn.Module, x: Tensor) -> Callable[[], Any]:
+def runner(run: Callable[[Tensor], Any], module: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """What runs forward and backward, for the input and every parameter."""
     x = x.detach().clone().requires_grad_()
     leaves = [x, *module.parameters()]
 
@@ -138,7 +139,9 @@ def _runner(run: Callable[[Tensor], Any], module: nn.Module, x: Tensor) -> Calla
     return once
 
 
-def _with_backend(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+def with_backend(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with every operation on one backend."""
+
     def once() -> None:
         with use_backend(name):
             run()

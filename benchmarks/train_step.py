@@ -111,8 +111,9 @@ def step_case(name: str, options: Any) -> Case:
     timings = alternate(runs, rounds=rounds, device=device, budget=10.0 if options.quick else 45.0)
     case = Case(title, OURS, timings, "tokens", float(tokens), {THEIRS: error, LINEAR: error})
     case.notes.append(
-        f"The backward of '{THEIRS}' is quadratic in the length (it indexes the time axis at every step): its ratio holds for "
-        f"{length} tokens only and grows with them. '{LINEAR}' has the same loop taken apart once; compare with that."
+        f"The backward of '{THEIRS}' is quadratic in the length (it indexes the time axis at every step): its ratio "
+        f"holds for {length} tokens only and grows with them. '{LINEAR}' takes the same loop apart once; compare with "
+        "that."
     )
     return case
 
