@@ -11,6 +11,7 @@ Layout under ``--out``::
     heldout/questions.jsonl       {"question_id", "image" (one or a list), "text", "answer", "category"}
     heldout/scenes.json           what is in every held-out picture (ground truth)
     heldout/images/*.jpg
+    benchmarks/                   held-out pictures as VQAv2, GQA, POPE and MMBench have theirs (make_benchmarks.py)
     metadata.json                 options, sizes, the digit split, what answering without looking would score
 
 The same options and seed give byte-identical files.  Held-out pictures use digit samples that no training
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from make_benchmarks import benchmarks_there, make_benchmarks
 from numpy.random import Generator
 from phrases import (
     DESCRIBE,
@@ -45,7 +47,7 @@ from scenes import SIDE, SPLIT_SEED, Scene, digit_pools, render, sample_scene, s
 from tqdm import tqdm
 
 FORMAT = 1
-PARTS = ("pretrain", "finetune", "heldout")
+PARTS = ("pretrain", "finetune", "heldout", "benchmarks")
 STREAMS = {"pretrain": 11, "finetune": 12, "heldout": 13}  # keep the random streams of the parts apart
 HELDOUT_SHARES = {
     "digit": 0.30,
@@ -283,6 +285,8 @@ def make_data(options: Options, root: Path, *, force: bool = False, quiet: bool 
     if metadata_file.is_file() and not force:
         found = json.loads(metadata_file.read_text(encoding="utf-8"))
         if {key: found.get(key) for key in wanted} == wanted:
+            if not benchmarks_there(root, options.heldout_scenes, options.seed):
+                make_benchmarks(root, heldout_scenes(options), options.seed)
             return found
     _clear(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -323,6 +327,7 @@ def make_data(options: Options, root: Path, *, force: bool = False, quiet: bool 
         "categories": dict(sorted(Counter(q.category for q in questions).items())),
         "blind_baseline": blind_baseline(asked, questions),
     }
+    make_benchmarks(root, scenes, options.seed)
     _write_json(metadata_file, metadata)
     (root / ".incomplete").unlink()
     return metadata

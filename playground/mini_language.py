@@ -54,7 +54,8 @@ class Phase:
 
 # The eight colours' embeddings begin almost parallel, so looking colours up is learnt last: it gets a phase.
 COLOURS_FIRST = {"colour": 0.8, "digit": 0.1, "position": 0.1}
-PLACES_LAST = {"digit": 0.3, "colour": 0.1, "position": 0.45, "count": 0.05, "exists": 0.1}
+PLACES = {"digit": 0.3, "colour": 0.1, "position": 0.45, "count": 0.05, "exists": 0.1}
+DIGITS = {"digit": 0.4, "colour": 0.3, "position": 0.17, "count": 0.03, "exists": 0.1}
 BALANCED = {"digit": 0.3, "colour": 0.25, "position": 0.25, "count": 0.08, "exists": 0.12}
 
 
@@ -68,7 +69,8 @@ class LanguageTraining:
         Phase(2300, 0.7),
         Phase(700, 0.9, COLOURS_FIRST),
         Phase(5000, 0.8, BALANCED),
-        Phase(3000, 0.8, PLACES_LAST),
+        Phase(3000, 0.8, PLACES),
+        Phase(4000, 0.85, DIGITS),
     )
     rows: int = 16
     row_tokens: int = 256
