@@ -18,7 +18,7 @@ def check_shape(
     Raises:
         ShapeError: The shapes differ.
     """
-    if tensor is None:
+    if tensor is None or tensor.shape == expected:
         return
     shape = tuple(tensor.shape)
     fits = len(shape) == len(expected) and all(
@@ -39,6 +39,18 @@ def check_dtype(op: str, label: str, tensor: Tensor | None, dtype: torch.dtype, 
         raise ShapeError(f"{op}: {label} has dtype {tensor.dtype}, but {dtype} ({legend}) is needed.")
 
 
+def check_floating(op: str, label: str, tensor: Tensor) -> None:
+    """Raise unless the tensor holds floating-point numbers.
+
+    Raises:
+        ShapeError: It does not.
+    """
+    if not tensor.dtype.is_floating_point:
+        raise ShapeError(
+            f"{op}: {label} has dtype {tensor.dtype}, but a floating-point dtype is needed; convert it."
+        )
+
+
 def check_device(op: str, main: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Raise unless all tensors are on the device of the main one.
 
@@ -55,6 +67,8 @@ def check_device(op: str, main: Tensor, others: Mapping[str, Tensor | None]) -> 
 def check_integers(op: str, label: str, tensor: Tensor | None, limit: int | None = None) -> None:
     """Raise unless the tensor holds integers, and, for tensors on the CPU, all of them in [0, limit).
 
+    Values are not looked at while a graph is being compiled; the compiled operation does.
+
     Raises:
         ShapeError: The dtype is not an integer one, or a value is out of range.
     """
@@ -62,7 +76,7 @@ def check_integers(op: str, label: str, tensor: Tensor | None, limit: int | None
         return
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise ShapeError(f"{op}: {label} has dtype {tensor.dtype}, but an integer dtype is needed.")
-    if limit is None or tensor.device.type != "cpu" or tensor.numel() == 0:
+    if limit is None or tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
         return
     low, high = (int(value) for value in torch.aminmax(tensor))
     if low < 0 or high >= limit:

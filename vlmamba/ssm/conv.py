@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vlmamba.errors import ShapeError
-from vlmamba.ssm.checks import check_device, check_integers, check_shape
-from vlmamba.ssm.registry import choose_backend
-from vlmamba.ssm.spec import ConvCall, ScanSpec, no_autocast, segment_runs
+from vlmamba.ssm import compiled
+from vlmamba.ssm.checks import check_device, check_floating, check_integers, check_shape
+from vlmamba.ssm.dispatch import run_conv
+from vlmamba.ssm.spec import ConvCall, segment_runs
 
 
 def causal_conv1d(
@@ -65,50 +66,16 @@ def causal_conv1d(
     )
     if activation not in (None, "silu"):
         raise ShapeError(f"{name}: activation is {activation!r}, but None or 'silu' is needed.")
-    spec = _spec_of(x, weight, bias, activation, seq_idx, initial_state, reverse, return_state)
+    check_floating(name, "x", x)
     extended, ids = _with_history(x, seq_idx, initial_state, reverse)
     lead = extended.shape[1] - length
-    with no_autocast(x.device):
-        call = ConvCall(extended, weight, bias, activation, ids, reverse, lead)
-        chosen = choose_backend(spec, backend)
-        assert chosen.conv is not None
-        y = chosen.conv(call)
+    run = compiled.conv if torch.compiler.is_compiling() else run_conv
+    y = run(ConvCall(extended, weight, bias, activation, ids, reverse, lead), backend)
     if not return_state:
         return y
     last = torch.full((batch,), 0 if reverse else length - 1, device=x.device)
     return y, conv_state_at(
         x, last, history + 1, seq_idx=seq_idx, initial_state=initial_state, reverse=reverse
-    )
-
-
-def _spec_of(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-    return_state: bool,
-) -> ScanSpec:
-    features = {
-        "activation": activation is not None,
-        "seq_idx": seq_idx is not None,
-        "initial_state": initial_state is not None,
-        "reverse": reverse,
-        "last_state": return_state,
-    }
-    tensors = (x, weight, bias, initial_state)
-    return ScanSpec(
-        op="conv",
-        device=x.device.type,
-        dtype=x.dtype,
-        batch=x.shape[0],
-        length=x.shape[1],
-        channels=x.shape[2],
-        state_size=weight.shape[1],
-        features=frozenset(key for key, used in features.items() if used),
-        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
     )
 
 

@@ -241,7 +241,7 @@ class MambaMixer(nn.Module):
         """Raw time steps, bias included, (..., E), and B and C (..., N)."""
         projected = self.x_proj(inner)
         rank, B, C = projected.split([self.time_step_rank, self.state_size, self.state_size], dim=-1)
-        return self.dt_proj(rank).to(inner.dtype), B, C
+        return self.dt_proj(rank).to(inner.dtype), B.to(inner.dtype), C.to(inner.dtype)
 
     def decay(self) -> Tensor:
         """A, (E, N), fp32 (fp64 in an fp64 layer)."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vlmamba.errors import ShapeError
-from vlmamba.ssm.checks import check_device, check_dtype, check_integers, check_shape, grouped
-from vlmamba.ssm.registry import choose_backend
-from vlmamba.ssm.spec import ScanCall, ScanSpec, StepCall, compute_dtype, no_autocast
+from vlmamba.ssm import compiled
+from vlmamba.ssm.checks import check_device, check_dtype, check_floating, check_integers, check_shape, grouped
+from vlmamba.ssm.dispatch import run_scan, run_step
+from vlmamba.ssm.spec import ScanCall, StepCall, compute_dtype
 
 
 def selective_scan(
@@ -88,9 +89,8 @@ def selective_scan(
         state_at,
         return_last_state,
     )
-    spec = _spec_of(call)
-    with no_autocast(u.device):
-        y, states = choose_backend(spec, backend).scan(call)
+    run = compiled.scan if torch.compiler.is_compiling() else run_scan
+    y, states = run(call, backend)
     return y if states is None else (y, states)
 
 
@@ -146,23 +146,14 @@ def selective_state_update(
     C = grouped(name, "C", C, (batch,), channels, size)
     if B.shape != C.shape:
         raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
-    tensors = (u, dt, A, B, C, D, z, dt_bias)
-    features = [key for key, used in (("D", D), ("z", z), ("dt_bias", dt_bias)) if used is not None]
-    spec = ScanSpec(
-        op="step",
-        device=u.device.type,
-        dtype=u.dtype,
-        batch=batch,
-        channels=channels,
-        state_size=size,
-        groups=B.shape[1],
-        features=frozenset(features),
-        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
-    )
-    chosen = choose_backend(spec, backend)
-    assert chosen.step is not None
-    with no_autocast(u.device):
-        return chosen.step(StepCall(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus))
+    for label, tensor in (("dt", dt), ("z", z), ("B", B), ("C", C)):
+        check_dtype(name, label, tensor, u.dtype, "like u")
+    check_floating(name, "u", u)
+    tensors = {"state": state, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    check_device(name, u, tensors)
+    call = StepCall(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    run = compiled.step if torch.compiler.is_compiling() else run_step
+    return run(call, backend)
 
 
 def _checked_call(
@@ -195,6 +186,8 @@ def _checked_call(
     C = grouped(name, "C", C, (batch, length), channels, size)
     if B.shape != C.shape:
         raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
+    for label, tensor in (("B", B), ("C", C)):
+        check_dtype(name, label, tensor, u.dtype, "like u")
     check_shape(name, "seq_idx", seq_idx, (batch, length), "(B, L)")
     check_integers(name, "seq_idx", seq_idx)
     check_shape(name, "initial_state", initial_state, (batch, channels, size), "(B, D, N)")
@@ -209,8 +202,7 @@ def _checked_call(
             f"{name}: reverse has {len(directions)} entries for {groups} groups of B and C; give one for "
             "each group, or a single bool."
         )
-    if not u.dtype.is_floating_point:
-        raise ShapeError(f"{name}: u has dtype {u.dtype}; it must be a floating-point dtype.")
+    check_floating(name, "u", u)
     return ScanCall(
         u=u,
         dt=dt,
@@ -226,32 +218,4 @@ def _checked_call(
         reverse=directions,
         state_at=None if state_at is None else state_at.long(),
         last_state=last_state and state_at is None,
-    )
-
-
-def _spec_of(call: ScanCall) -> ScanSpec:
-    features = {
-        "D": call.D is not None,
-        "z": call.z is not None,
-        "dt_bias": call.dt_bias is not None,
-        "seq_idx": call.seq_idx is not None,
-        "initial_state": call.initial_state is not None,
-        "reverse": any(call.reverse),
-        "group_reverse": len(set(call.reverse)) > 1,
-        "state_at": call.state_at is not None,
-        "last_state": call.last_state,
-    }
-    tensors = (call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return ScanSpec(
-        op="scan",
-        device=call.u.device.type,
-        dtype=call.u.dtype,
-        batch=call.u.shape[0],
-        length=call.u.shape[1],
-        channels=call.u.shape[2],
-        state_size=call.A.shape[1],
-        groups=call.B.shape[2],
-        features=frozenset(key for key, used in features.items() if used),
-        needs_grad=needs_grad,
     )

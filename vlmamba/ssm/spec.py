@@ -168,11 +168,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_NOTHING = nullcontext()
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which mixed precision is off; the operations choose their own dtypes."""
-    if not torch.amp.autocast_mode.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if not torch.amp.autocast_mode.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)
 
 
 def segment_starts(seq_idx: Tensor, *, reverse: bool = False) -> Tensor:
