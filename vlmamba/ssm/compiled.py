@@ -73,11 +73,16 @@ def _conv_fake(*arguments: Any) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] - lead, x.shape[2])
 
 
-def _step(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *tensors, state, softplus, backend = arguments
+def _step_call(arguments: Sequence[Any]) -> tuple[StepCall, str | None]:
+    """The call on a copy of the state."""
+    u, dt, A, B, C, D, z, dt_bias, state, softplus, backend = arguments
     after = state.clone(memory_format=torch.contiguous_format)
-    y = run_step(StepCall(after, *tensors, softplus), backend)
-    return _own(y, arguments), after
+    return StepCall(after, u, dt, A, B, C, D, z, dt_bias, softplus), backend
+
+
+def _step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, backend = _step_call(arguments)
+    return _own(run_step(call, backend), arguments), call.state
 
 
 def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -86,8 +91,7 @@ def _step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _step_again(*arguments: Any) -> list[Tensor]:
-    *tensors, state, softplus, backend = arguments
-    return [run_step(StepCall(state.clone(), *tensors, softplus), backend)]
+    return [run_step(*_step_call(arguments))]
 
 
 def _own(tensor: Tensor, inputs: Sequence[Any]) -> Tensor:
