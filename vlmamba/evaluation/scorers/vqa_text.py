@@ -1,8 +1,8 @@
 r"""The answer normalisers of the VQA family.
 
 `normalise_vqa` is GT-Vision-Lab/VQA ``PythonEvaluationTools/vqaEvaluation/vqaEval.py`` (``processPunctuation``,
-then ``processDigitArticle``), which runs under Python 2: ``\d`` is 0-9 alone, and lower case is taken letter by
-letter.
+then ``processDigitArticle``), which runs under Python 2: ``\d`` is 0-9 alone, and lower case is taken letter
+by letter.
 `normalise_m4c` is ``EvalAIAnswerProcessor`` of facebookresearch/mmf ``mmf/utils/m4c_evaluators.py``, copied by LLaVA
 (``llava/eval/m4c_evaluator.py``) and lmms-eval (``tasks/_task_utils/vqa_eval_metric.py``); Python 3.
 `normalise_vizwiz` is the VizWiz API's ``vqaEval.py``; Python 3, with another table of contractions.
@@ -79,23 +79,29 @@ VIZWIZ_CONTRACTIONS: Mapping[str, str] = {
 """The same in the VizWiz API: its apostrophes are typographic but for a few, so "dont" never becomes "don't"."""
 
 
-def _lower_by_letter(text: str) -> str:
-    """Lower case as Python 2 takes it: one letter for one, whatever stands around it."""
-    return text.lower() if text.isascii() else "".join(letter.lower()[0] for letter in text)
+def _words(text: str) -> list[str]:
+    return text.lower().split()
+
+
+def _words_of_python_2(text: str) -> list[str]:
+    """Lower case goes letter by letter, whatever stands around one, and U+180E is still white space."""
+    if text.isascii():
+        return text.lower().split()
+    return "".join(letter.lower()[0] for letter in text.replace("\u180e", " ")).split()
 
 
 class _Rules(NamedTuple):
     full_stop: re.Pattern[str]
     comma: re.Pattern[str]
-    lower: Callable[[str], str]
+    words: Callable[[str], list[str]]
     contractions: Mapping[str, str]
 
 
 _VQA = _Rules(
-    re.compile(r"\.(?!\d)", re.ASCII), re.compile(r"\d,\d", re.ASCII), _lower_by_letter, CONTRACTIONS
+    re.compile(r"\.(?!\d)", re.ASCII), re.compile(r"\d,\d", re.ASCII), _words_of_python_2, CONTRACTIONS
 )
-_M4C = _Rules(re.compile(r"\.(?!\d)"), re.compile(r"(?<=\d),+(?=\d)"), str.lower, CONTRACTIONS)
-_VIZWIZ = _Rules(re.compile(r"\.(?!\d)"), re.compile(r"\d,\d"), str.lower, VIZWIZ_CONTRACTIONS)
+_M4C = _Rules(re.compile(r"\.(?!\d)"), re.compile(r"(?<=\d),+(?=\d)"), _words, CONTRACTIONS)
+_VIZWIZ = _Rules(re.compile(r"\.(?!\d)"), re.compile(r"\d,\d"), _words, VIZWIZ_CONTRACTIONS)
 
 
 def clean(text: str) -> str:
@@ -132,5 +138,5 @@ def _normalise(text: str, rules: _Rules) -> str:
             delete = joins_digits or f"{mark} " in text or f" {mark}" in text
             replaced = replaced.replace(mark, "" if delete else " ")
     replaced = rules.full_stop.sub("", replaced, count=MOST_FULL_STOPS)
-    words = (NUMBERS.get(word, word) for word in rules.lower(replaced).split())
+    words = (NUMBERS.get(word, word) for word in rules.words(replaced))
     return " ".join(rules.contractions.get(word, word) for word in words if word not in ARTICLES)
