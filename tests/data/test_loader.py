@@ -368,10 +368,10 @@ def test_workers_outlive_a_signal_to_the_process_group():
     import signal
     import time
 
-    from vlmamba.data.loader import _leave_signals_to_the_parent
+    from vlmamba.data.loader import leave_signals_to_the_parent
 
     def work():
-        _leave_signals_to_the_parent(0)
+        leave_signals_to_the_parent(0)
         ready.set()
         time.sleep(60)
 

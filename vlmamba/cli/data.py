@@ -1,34 +1,248 @@
-"""``vlmamba data check ANNOTATIONS``: read every row, decode every picture, list what is wrong and where."""
+"""``vlmamba data check | show | stats``: what is wrong with data, what is learnt from it, how long it is."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmamba.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlmamba.data import VLDataset
+
+EXAMPLES = """examples:
+  vlmamba data check rows.json --images pictures --clean rows.clean.json
+  vlmamba data show train/playground.py:finetune --number 5 --html samples.html
+  vlmamba data show rows.json --images pictures --processor runs/quickstart/finetune
+  vlmamba data stats train/vl_mamba.py:finetune --ranks 8 --pack 4096,8192
+"""
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the verb; exit code 1 when something is wrong."""
+    """Run the verb; `check` gives exit code 1 when something is wrong."""
     parser = argparse.ArgumentParser(
-        prog="vlmamba data", description="Look after training data.", allow_abbrev=False
+        prog="vlmamba data",
+        description="Look after training data.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check_parser = actions.add_parser(
-        "check", help="read every row and decode every picture", allow_abbrev=False
+    _check_arguments(
+        actions.add_parser("check", help="read every row and decode every picture", allow_abbrev=False)
     )
-    check_parser.add_argument("annotations", help="JSON list or JSON lines in LLaVA's format")
-    check_parser.add_argument(
-        "--images", help="folder the image paths start from (default: that of the file)"
+    show = actions.add_parser("show", help="samples with what is learnt marked", allow_abbrev=False)
+    _target_arguments(show)
+    show.add_argument("--rows", help="numbers of rows, 0,7,21")
+    show.add_argument("--number", type=int, default=4, help="or so many rows at random (default: 4)")
+    show.add_argument("--seed", type=int, default=0, help="which ones")
+    show.add_argument("--html", type=Path, help="write a page with the pictures instead")
+    show.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    stats = actions.add_parser(
+        "stats", help="lengths, and the padding of each way to batch", allow_abbrev=False
     )
-    check_parser.add_argument("--limit", type=int, help="only the first so many rows")
-    check_parser.add_argument(
-        "--no-decode", action="store_true", help="look for the pictures, do not read them"
+    _target_arguments(stats)
+    stats.add_argument("--ranks", type=int, default=1, help="processes to plan for")
+    stats.add_argument(
+        "--batch", type=int, help="samples of an optimizer step (default: the recipe's, or 128)"
     )
-    arguments = parser.parse_args(words)
-    from vlmamba.data import build_source, check
+    stats.add_argument(
+        "--micro", type=int, help="samples of a padded micro-batch (default: the recipe's, or 16)"
+    )
+    stats.add_argument("--pack", default="2048,4096,8192", help="lengths of packed rows to try")
+    stats.add_argument("--html", type=Path, help="also write a page")
+    stats.add_argument("--png", type=Path, help="also write the histogram as a picture (needs matplotlib)")
+    stats.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that measure")
+    arguments, overrides = parser.parse_known_args(words)
+    if overrides and (arguments.action == "check" or not _is_recipe(arguments.target)):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if arguments.action == "check":
+        return _check(arguments)
+    return (_show if arguments.action == "show" else _stats)(arguments, overrides)
 
-    root = arguments.images or Path(arguments.annotations).parent
-    source = build_source("llava", annotations=arguments.annotations, image_root=root)
-    report = check([source], decode=not arguments.no_decode, limit=arguments.limit, progress=True)
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("annotations", help="LLaVA's JSON or JSON lines; a data set; tar shards")
+    parser.add_argument("--kind", choices=("llava", "hf", "webdataset"), default="llava", help="what it is")
+    parser.add_argument("--images", help="folder the image paths start from (default: that of the file)")
+    parser.add_argument("--limit", type=int, help="only the first so many rows")
+    parser.add_argument("--no-decode", action="store_true", help="look for the pictures, do not read them")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)"
+    )
+    parser.add_argument("--list", type=Path, metavar="FILE", help="write every problem as a JSON line")
+    parser.add_argument(
+        "--clean", type=Path, metavar="FILE", help="write the annotations without the bad rows"
+    )
+
+
+def _target_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", help="a recipe (with overrides), a run's config.yaml, or an annotation file"
+    )
+    parser.add_argument(
+        "--kind", choices=("llava", "hf", "webdataset"), default="llava", help="of an annotation file"
+    )
+    parser.add_argument("--images", help="of an annotation file: folder the image paths start from")
+    parser.add_argument("--processor", help="of an annotation file: a finished run or an exported model")
+    parser.add_argument("--max-length", type=int, default=2048, help="of an annotation file: longest sample")
+
+
+def _source(annotations: str, kind: str, images: str | None) -> Any:
+    from vlmamba.data import build_source
+
+    root = images or (str(Path(annotations).parent) if kind == "llava" else None)
+    return build_source(kind, annotations=annotations, image_root=root)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from vlmamba.data import check, write_clean
+
+    if arguments.clean is not None and (arguments.kind != "llava" or arguments.limit is not None):
+        raise ConfigError("--clean rewrites whole files of kind llava; leave out --limit and --kind")
+    source = _source(arguments.annotations, arguments.kind, arguments.images)
+    workers = 0 if arguments.workers < 2 else arguments.workers
+    report = check(
+        [source], decode=not arguments.no_decode, limit=arguments.limit, num_workers=workers, progress=True
+    )
     print(report.text())
+    if arguments.list is not None:
+        arguments.list.write_text(
+            "".join(json.dumps(asdict(problem)) + "\n" for problem in report.problems), "utf-8"
+        )
+        print(f"{len(report.problems)} problems are listed in {arguments.list}")
+    if arguments.clean is not None:
+        print(f"{write_clean(source, report, arguments.clean):,} rows are in {arguments.clean}")
     return 0 if report.ok else 1
+
+
+def _is_recipe(target: str) -> bool:
+    name = target.partition(":")[0]
+    return name.endswith((".py", ".yaml", ".yml")) or (":" in target and not Path(target).exists())
+
+
+def _dataset(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[VLDataset, Any]:
+    """The data set of a target, and the recipe's config if it is one."""
+    from vlmamba.data import Mixture, VLDataset
+
+    if _is_recipe(arguments.target):
+        from vlmamba.config import load_recipe
+        from vlmamba.training.data import open_sources
+
+        config: Any = load_recipe(arguments.target, list(overrides)).config
+        mixture = Mixture(open_sources(config), [s.weight for s in config.data.sources], seed=config.seed)
+        data = config.data
+        dataset = VLDataset(
+            mixture, _recipe_processor(config), max_length=data.max_length, image_position=data.image_position
+        )
+        return dataset, config
+    if arguments.processor is None:
+        raise ConfigError(
+            "tokens depend on the model: give --processor RUN (a finished run or an exported model), or a recipe in "
+            "place of the annotation file"
+        )
+    from vlmamba.models import VLMambaProcessor
+    from vlmamba.models.builder import export_directory
+
+    processor: Any = VLMambaProcessor.from_pretrained(export_directory(arguments.processor))
+    source = _source(arguments.target, arguments.kind, arguments.images)
+    return VLDataset(source, processor, max_length=arguments.max_length), None
+
+
+def _recipe_processor(config: Any) -> Any:
+    """The processor of a recipe, made without its weights."""
+    from vlmamba.models import VLMambaImageProcessor, VLMambaProcessor
+    from vlmamba.models.builder import build_meta_model
+    from vlmamba.models.chat import load_template
+    from vlmamba.models.language import load_tokenizer
+
+    language = config.model.language
+    model = build_meta_model(config.model)
+    return VLMambaProcessor(
+        VLMambaImageProcessor(size=model.vision_tower.image_size, mode=config.model.image.mode or "resize"),
+        load_tokenizer(language.tokenizer or language.path),
+        chat_template=load_template(config.model.chat),
+        num_image_tokens=model.multi_modal_projector.num_tokens,
+    )
+
+
+def _show(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    import numpy as np
+
+    from vlmamba.data.show import as_html, as_text, look_at
+
+    dataset, _ = _dataset(arguments, overrides)
+    if arguments.rows is not None:
+        rows = [int(word) for word in arguments.rows.split(",")]
+    else:
+        count = min(arguments.number, len(dataset))
+        rows = np.random.default_rng(arguments.seed).choice(len(dataset), count, replace=False).tolist()
+    outside = [row for row in rows if not 0 <= row < len(dataset)]
+    if outside:
+        raise ConfigError(f"--rows {outside[0]}: the data has rows 0 to {len(dataset) - 1}")
+    samples = [look_at(dataset, row) for row in rows]
+    if arguments.html is not None:
+        arguments.html.write_text(as_html(samples, title=f"Samples of {arguments.target}"), encoding="utf-8")
+        print(f"{len(samples)} samples are in {arguments.html}")
+        return 0
+    colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    color = arguments.color == "always" or (arguments.color == "auto" and colored)
+    print("\n\n".join(as_text(sample, color=color) for sample in samples))
+    return 0
+
+
+def _stats(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from vlmamba.data import cache_folder, compute_lengths
+    from vlmamba.data.stats import layouts, stats_html, stats_text
+    from vlmamba.training.data import processor_fingerprint
+
+    dataset, config = _dataset(arguments, overrides)
+    table = compute_lengths(
+        dataset,
+        cache_dir=cache_folder(),
+        processor_fingerprint=processor_fingerprint(dataset.processor),
+        num_workers=0 if arguments.workers < 2 else arguments.workers,
+    )
+    usable = table.lengths > 0
+    if not usable.any():
+        raise ConfigError(
+            f"none of the {len(table)} rows of {arguments.target} can be used; see vlmamba data check"
+        )
+    batch = config.batch if config is not None else None
+    found = layouts(
+        table.lengths[usable].astype("int64"),
+        table.num_images[usable].astype("int64"),
+        step_samples=arguments.batch or (batch.global_batch_size if batch else 128),
+        micro_samples=arguments.micro or (batch and batch.micro_batch_size) or 16,
+        pack_lengths=[int(word) for word in arguments.pack.split(",") if word],
+        ranks=arguments.ranks,
+    )
+    title = f"Rows of {arguments.target}"
+    text = stats_text(table, found, title=title, ranks=arguments.ranks)
+    print(text)
+    if arguments.html is not None:
+        arguments.html.write_text(stats_html(table, text, title=title), encoding="utf-8")
+        print(f"written to {arguments.html}")
+    if arguments.png is not None:
+        _write_png(table.lengths[usable], title, arguments.png)
+        print(f"written to {arguments.png}")
+    return 0
+
+
+def _write_png(lengths: Any, title: str, path: Path) -> None:
+    from vlmamba.errors import require
+
+    require("matplotlib", extra="eval", feature="--png")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=60, color="#3a6ea5")
+    axes.set(title=title, xlabel="tokens of a row, image tokens included", ylabel="rows")
+    figure.savefig(path, dpi=120)

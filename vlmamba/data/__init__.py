@@ -9,7 +9,7 @@ imports models: the processor is handed in (`vlmamba.data.types.Processor`).
 from __future__ import annotations
 
 from vlmamba.data.cache import cache_folder
-from vlmamba.data.checks import CheckReport, Problem, check, missing_folders
+from vlmamba.data.checks import CheckReport, Problem, check, missing_folders, write_clean
 from vlmamba.data.collate import MODEL_KEYS, collate
 from vlmamba.data.conversation import Conversation, parse_row, place_images
 from vlmamba.data.dataset import VLDataset
@@ -71,4 +71,5 @@ __all__ = [
     "place_images",
     "plan_epoch",
     "resolve_image_path",
+    "write_clean",
 ]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlmamba.data.downloads import download_hint
 from vlmamba.data.images import MAX_PIXELS, open_image
+from vlmamba.data.index import JSONL_SUFFIXES
+from vlmamba.data.sources import LLaVASource
 from vlmamba.data.types import RowError, Source
-from vlmamba.errors import ImageError
+from vlmamba.errors import ConfigError, ImageError
+
+_PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,21 @@ class CheckReport:
             if len(places) < 3 and where not in places:
                 places.append(where)
 
+    def take(self, other: CheckReport) -> None:
+        """Add what another report found."""
+        self.rows += other.rows
+        self.images += other.images
+        self.problems += other.problems
+        self.events.update(other.events)
+        for event, found in other.examples.items():
+            places = self.examples.setdefault(event, [])
+            places += [place for place in found if place not in places][: 3 - len(places)]
+
     def text(self, limit: int = 50) -> str:
         """The report for people."""
         kinds = Counter(problem.kind for problem in self.problems)
-        lines = [f"{self.rows} rows, {self.images} images, {len(self.problems)} rows that cannot be used"]
+        rows = len({(problem.source, problem.row) for problem in self.problems})
+        lines = [f"{self.rows} rows, {self.images} images, {rows} rows that cannot be used"]
         lines += [f"  {count} {kind}" for kind, count in kinds.most_common()]
         if self.events:
             lines.append("repaired while reading:")
@@ -83,6 +99,7 @@ def check(
     decode: bool = True,
     max_pixels: int = MAX_PIXELS,
     limit: int | None = None,
+    num_workers: int = 0,
     progress: bool = False,
 ) -> CheckReport:
     """Read every row of every source and decode every picture.
@@ -92,16 +109,74 @@ def check(
         decode: False: only read the rows, open no picture.
         max_pixels: As for the data set.
         limit: Look at so many rows of each source only.
+        num_workers: Processes that share the work; 0 does it in this one.
         progress: Show a progress bar.
     """
     report = CheckReport()
     many: Sequence[Source] = sources if isinstance(sources, list | tuple) else [sources]  # type: ignore[list-item]
     for source in many:
         count = len(source) if limit is None else min(limit, len(source))
-        for row in tqdm(range(count), desc=f"checking {source.name}", unit="row", disable=not progress):
-            report.rows += 1
-            _check_row(source, row, decode, max_pixels, report)
+        pieces: Iterable[CheckReport] = DataLoader(
+            _Pieces(source, count, decode, max_pixels), batch_size=None, num_workers=num_workers
+        )
+        with tqdm(total=count, desc=f"checking {source.name}", unit="row", disable=not progress) as bar:
+            for piece in pieces:
+                report.take(piece)
+                bar.update(piece.rows)
+                bar.set_postfix(problems=len(report.problems), refresh=False)
     return report
+
+
+class _Pieces(Dataset[CheckReport]):
+    """The reports of consecutive rows."""
+
+    def __init__(self, source: Source, count: int, decode: bool, max_pixels: int) -> None:
+        self.source, self.count, self.decode, self.max_pixels = source, count, decode, max_pixels
+
+    def __len__(self) -> int:
+        return -(-self.count // _PIECE)
+
+    def __getitem__(self, piece: int) -> CheckReport:
+        report = CheckReport()
+        for row in range(piece * _PIECE, min((piece + 1) * _PIECE, self.count)):
+            report.rows += 1
+            _check_row(self.source, row, self.decode, self.max_pixels, report)
+        return report
+
+
+def write_clean(source: LLaVASource, report: CheckReport, path: Path) -> int:
+    """Write the annotations without the rows that cannot be used, every other row byte for byte as it was.
+
+    Args:
+        source: What was checked, all of it.
+        report: What was found.
+        path: The file to write; JSON lines if its name says so, else a JSON list.
+
+    Returns:
+        How many rows are in it.
+
+    Raises:
+        ConfigError: The file is there already.
+    """
+    if path.exists():
+        raise ConfigError(f"{path} is there already; name another file for the cleaned annotations")
+    bad = {problem.row for problem in report.problems if problem.source == source.name}
+    lines = path.suffix.lower() in JSONL_SUFFIXES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    kept = 0
+    with unfinished.open("wb") as file:
+        file.write(b"" if lines else b"[")
+        for row in range(len(source)):
+            if row in bad:
+                continue
+            raw = source.rows.raw(row).strip()
+            between = b"" if lines else (b",\n" if kept else b"\n")
+            file.write(between + (raw.replace(b"\n", b" ") + b"\n" if lines else raw))
+            kept += 1
+        file.write(b"" if lines else b"\n]\n")
+    unfinished.replace(path)
+    return kept
 
 
 def missing_folders(source: Source, *, rows: int = 2000) -> dict[Path, str | None]:

@@ -85,13 +85,16 @@ class RowFile:
         Raises:
             DataError: The row is not valid JSON; the message has no place (see `where`).
         """
-        start, end, _ = self._table[row].tolist()
-        raw = os.pread(self._descriptor(), end - start, start)
         try:
-            return json.loads(raw)
+            return json.loads(self.raw(row))
         except (ValueError, RecursionError) as error:
             hint = "" if self.is_lines else " The file has changed since it was indexed; start again."
             raise DataError(f"the row is not valid JSON: {error}.{hint}") from error
+
+    def raw(self, row: int) -> bytes:
+        """The row as it stands in the file."""
+        start, end, _ = self._table[row].tolist()
+        return os.pread(self._descriptor(), end - start, start)
 
     def _descriptor(self) -> int:
         """A file descriptor of this very process (forked workers must not inherit one that may be closed)."""

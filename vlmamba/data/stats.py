@@ -1,0 +1,167 @@
+"""How long the rows of a data set are, and what padding each way of batching them costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from vlmamba.data.lengths import USABLE, LengthTable
+from vlmamba.data.packing import PACK_MULTIPLE
+from vlmamba.data.sampler import Grouping, PlanSettings, plan_epoch
+
+BAR = 40
+SAMPLED_STEPS = 400
+"""Plans are accounted over so many of their steps, evenly spread."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to batch rows, and what it costs.
+
+    Attributes:
+        name: What it is called.
+        padding: Share of padding among all positions.
+        idle: Share of the ranks' positions lost to padding and to waiting for the fullest rank.
+        image_idle: The same of the encoder's work.
+        micro_steps: Micro-steps of a rank in an optimizer step, on average.
+        positions: Positions of a rank's micro-batch, on average.
+    """
+
+    name: str
+    padding: float
+    idle: float
+    image_idle: float
+    micro_steps: float
+    positions: float
+
+
+def histogram(lengths: np.ndarray, *, bins: int = 16) -> list[tuple[int, int, int]]:
+    """Counts of lengths in bins of round width: (from, up to and without, rows)."""
+    longest = int(lengths.max(initial=1))
+    width = max(8, -(-longest // bins // 8) * 8)
+    edges = np.arange(0, longest + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
+    return [(int(a), int(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+
+
+def layouts(
+    lengths: np.ndarray,
+    num_images: np.ndarray,
+    *,
+    step_samples: int,
+    micro_samples: int,
+    pack_lengths: Sequence[int],
+    ranks: int = 1,
+    seed: int = 0,
+) -> list[Layout]:
+    """What the ways of batching cost: padded at random, padded by length, packed.
+
+    Args:
+        lengths: Tokens of each row.
+        num_images: Images of each row.
+        step_samples: Rows of an optimizer step.
+        micro_samples: Rows of a padded micro-batch.
+        pack_lengths: Lengths of packed rows to try; those that do not hold the longest row are left out.
+        ranks: Number of processes.
+        seed: Of the order.
+    """
+    micro = max(min(micro_samples, step_samples // ranks), 1)
+    padded: list[tuple[str, Grouping]] = [
+        (f"padded, {micro} a micro-batch, random order", "random"),
+        (f"padded, {micro} a micro-batch, grouped by length", "length"),
+        (f"padded, {micro} a micro-batch, by length and modality", "modality_length"),
+    ]
+    plans = [
+        (name, PlanSettings(step_samples=step_samples, micro_samples=micro, grouping=grouping, seed=seed))
+        for name, grouping in padded
+    ]
+    for budget in pack_lengths:
+        if budget >= lengths.max(initial=0):
+            settings = PlanSettings(
+                step_samples=step_samples, pack_tokens=budget, pad_to_multiple_of=PACK_MULTIPLE, seed=seed
+            )
+            plans.append((f"packed to {budget:,}, random order", settings))
+    found = []
+    for name, settings in plans:
+        plan = plan_epoch(np.arange(len(lengths)), settings, 0, lengths=lengths, num_images=num_images)
+        account = plan.account(world_size=ranks, steps=SAMPLED_STEPS)
+        steps = max(min(len(plan), SAMPLED_STEPS), 1)
+        found.append(
+            Layout(
+                name,
+                account.padding,
+                account.idle,
+                account.image_idle,
+                account.micro_batches / ranks / steps,
+                account.positions / max(account.micro_batches, 1),
+            )
+        )
+    return found
+
+
+def stats_text(table: LengthTable, found: Sequence[Layout], *, title: str, ranks: int) -> str:
+    """Histogram and table for a terminal."""
+    summary = table.summary()
+    lengths = table.lengths[table.status == USABLE]
+    rows = histogram(lengths)
+    top = max((count for _, _, count in rows), default=1) or 1
+    lines = [
+        title,
+        f"{summary['rows']:,} rows, {summary['usable']:,} usable ({summary['bad']:,} bad, {summary['too_long']:,} too "
+        f"long), {summary['with_images']:,} with images",
+        f"{summary['tokens']:,} tokens, {summary['supervised']:,} supervised "
+        f"({summary['supervised'] / max(summary['tokens'], 1):.1%}); a row: "
+        + ", ".join(f"{name} {value:,.0f}" for name, value in quantiles(lengths)),
+        "",
+        "tokens of a row, image tokens included",
+    ]
+    lines += [
+        f"  {low:>6,} - {high - 1:<6,} {count:>9,}  {'#' * round(BAR * count / top)}"
+        for low, high, count in rows
+    ]
+    lines += ["", f"batches on {ranks} rank{'s' if ranks > 1 else ''}", _header()]
+    lines += [
+        f"  {layout.name:<52} {layout.padding:>8.1%} {layout.idle:>8.1%} {layout.image_idle:>8.1%} "
+        f"{layout.micro_steps:>8.1f} {layout.positions:>10,.0f}"
+        for layout in found
+    ]
+    return "\n".join(lines)
+
+
+def _header() -> str:
+    return f"  {'':<52} {'padding':>8} {'idle':>8} {'encoder':>8} {'micro':>8} {'positions':>10}"
+
+
+def quantiles(lengths: np.ndarray) -> list[tuple[str, float]]:
+    """Median, mean, 95th percentile and longest."""
+    if not len(lengths):
+        return []
+    return [
+        ("median", float(np.median(lengths))),
+        ("mean", float(lengths.mean())),
+        ("95 %", float(np.percentile(lengths, 95))),
+        ("longest", float(lengths.max())),
+    ]
+
+
+def stats_html(table: LengthTable, text: str, *, title: str) -> str:
+    """A page of its own with the histogram as a picture."""
+    rows = histogram(table.lengths[table.status == USABLE])
+    top = max((count for _, _, count in rows), default=1) or 1
+    width, height, step = 720, 240, 720 / max(len(rows), 1)
+    bars = "".join(
+        f'<rect x="{i * step + 1:.1f}" y="{height - height * count / top:.1f}" width="{step - 2:.1f}" '
+        f'height="{height * count / top:.1f}"><title>{low} - {high - 1} tokens: {count} rows</title></rect>'
+        f'<text x="{i * step + step / 2:.1f}" y="{height + 14}">{low}</text>'
+        for i, (low, high, count) in enumerate(rows)
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>'
+        "body{font:15px sans-serif;margin:2em auto;max-width:60em}rect{fill:#3a6ea5}"
+        "text{font-size:10px;text-anchor:middle}pre{overflow-x:auto}</style>"
+        f'<h1>{escape(title)}</h1><svg viewBox="0 0 {width} {height + 20}" role="img" '
+        f'aria-label="tokens of a row">{bars}</svg><pre>{escape(text)}</pre></html>\n'
+    )
