@@ -24,7 +24,7 @@ from vlmamba.config import load_recipe
 from vlmamba.evaluation import Sample, image_first, load_task
 from vlmamba.evaluation.generation import Question, encode_question, generate_answers, model_inputs
 from vlmamba.evaluation.likelihood import encode_options, score_options
-from vlmamba.evaluation.task import fetch_image
+from vlmamba.evaluation.runner import group_by_pictures
 from vlmamba.models.builder import build_model, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,13 +40,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", help="a run or an export; the mini parts with a fresh connector by default"
     )
-    parser.add_argument("--questions", type=int, help="how many questions (64; quick: 16)")
+    parser.add_argument("--questions", type=int, help="about how many questions (128; quick: 32)")
     parser.add_argument("--rounds", type=int, help="rounds in which all contenders run (9; quick: 3)")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     model, processor = _model(options.checkpoint)
     model.to(options.device)
-    samples = _samples(options.questions or (16 if options.quick else 64))
+    samples = _samples(options.questions or (32 if options.quick else 128))
     rounds = options.rounds or (3 if options.quick else 9)
     cases = [
         _generation(model, processor, samples, rounds, options.device),
@@ -78,17 +78,22 @@ def _samples(count: int) -> list[Sample]:
             for i in range(count)
         ]
     chosen = load_task(str(ROOT / "eval/playground.py"), annotations=str(file)).samples
-    chosen = [chosen[at * len(chosen) // count] for at in range(count)]
-    opened = []
-    for sample in chosen:
-        pictures = [fetch_image(image) for image in sample.images]
-        images = tuple(Image.open(p).convert("RGB") if isinstance(p, Path) else p for p in pictures)
-        opened.append(dataclasses.replace(sample, images=images))
-    return opened
+    groups = group_by_pictures(chosen)
+    pictures = max(1, len(groups) * count // len(chosen))
+    groups = [groups[at * len(groups) // pictures] for at in range(pictures)]  # spread over the file
+    chosen = [sample for group in groups for sample in group]
+    opened = {
+        i: Image.open(i).convert("RGB") for sample in chosen for i in sample.images if isinstance(i, Path)
+    }
+    return [dataclasses.replace(s, images=tuple(opened[i] for i in s.images)) for s in chosen]
 
 
 def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    ordered = sorted(questions, key=lambda q: len(q.input_ids))
+    """As the runner makes them: questions about the same pictures together."""
+    by_key = {question.sample.key: question for question in questions}
+    groups = [[by_key[s.key] for s in group] for group in group_by_pictures([q.sample for q in questions])]
+    groups.sort(key=lambda group: -max(len(q.input_ids) for q in group))
+    ordered = [question for group in groups for question in group]
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
 
 
@@ -115,9 +120,10 @@ def _generation(model: Any, processor: Any, samples: Sequence[Sample], rounds: i
                 "Nothing of this case is timed."
             )
     timings = alternate(contenders, rounds=rounds, device=device, sample_seconds=0, budget=120)
+    pictures = len(group_by_pictures(samples))
     tokens = sum(count for _, count in answers["batch 1"])
     return Case(
-        f"Greedy answers to {len(questions)} questions ({tokens} new tokens)",
+        f"Greedy answers to {len(questions)} questions on {pictures} sets of pictures ({tokens} new tokens)",
         f"batch {BATCH}",
         timings,
         unit="questions",
@@ -159,7 +165,7 @@ def _likelihood(model: Any, processor: Any, samples: Sequence[Sample], rounds: i
 
 def _plain(model: Any, processor: Any, batch: Sequence[Question]) -> list[float]:
     """The same sums with every option in a row of its own behind the whole prompt and picture."""
-    totals = []
+    totals = []  # one pass an option, all of its rows together
     for which in range(len(OPTIONS)):
         rows = [Question(q.sample, q.input_ids + list(q.options[which])) for q in batch]
         lengths = [len(q.options[which]) for q in batch]

@@ -1,21 +1,28 @@
 """From questions to a model's inputs, and greedy answers whose text does not depend on the batch.
 
-Shapes: B rows of a batch, L length of the longest prompt, n pictures of the batch, C channels, S image size,
-T new tokens.
+A prompt is run in two parts: up to its last picture, and the rest. Questions of a batch whose first parts are the same
+(several questions about one picture) run it once and go on from copies of its state; pictures are most of a prompt,
+so this is most of the work. The cut is where it is for every batch, so answers do not depend on who shares.
+
+Shapes: B rows of a batch, L length of the longest row, n pictures of the batch, C channels, S image size,
+X vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vlmamba.data.images import open_image
 from vlmamba.errors import DataError, ImageError
-from vlmamba.evaluation.task import Sample, fetch_image, image_first
+from vlmamba.evaluation.task import Sample, StoredImage, fetch_image, image_first
+from vlmamba.models.language import language_family
 
 
 class Question(NamedTuple):
@@ -41,7 +48,7 @@ def encode_question(processor: Any, sample: Sample, messages: Sequence[Mapping[s
     """Ids of the prompt, up to where the answer begins.
 
     Raises:
-        DataError: The prompt asks for another number of pictures than the sample has.
+        DataError: The prompt asks for another number of pictures than the sample has, or is empty.
     """
     encoded = processor.encode_messages(messages, add_generation_prompt=True)
     if encoded.num_images != len(sample.images):
@@ -49,10 +56,14 @@ def encode_question(processor: Any, sample: Sample, messages: Sequence[Mapping[s
             f"the prompt of question {sample.question_id!r} has {encoded.num_images} picture(s), the sample "
             f"{len(sample.images)}"
         )
+    if not encoded.input_ids:
+        raise DataError(
+            f"the prompt of question {sample.question_id!r} is empty: the chat template leaves out its text"
+        )
     return Question(sample, encoded.input_ids)
 
 
-def model_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> dict[str, torch.Tensor | None]:
+def model_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> dict[str, Tensor | None]:
     """Prompts padded on the left, (B, L) ids and mask, and the (n, C, S, S) pixels of all rows or None."""
     width = max(len(q.input_ids) for q in questions)
     device = model.device
@@ -69,17 +80,141 @@ def model_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> d
     }
 
 
+@dataclasses.dataclass
+class Prompted:
+    """Prompts that were run.
+
+    Attributes:
+        cache: Of the language model, B rows.
+        mask: (B, columns of the cache), 0 at padding, which may be anywhere.
+        logits: (B, X) of the first token to come.
+    """
+
+    cache: Any
+    mask: Tensor
+    logits: Tensor
+
+    def select(self, rows: Tensor) -> Prompted:
+        """Continue with these rows, which may repeat; the cache is changed in place."""
+        self.cache.batch_select_indices(rows)
+        return Prompted(self.cache, self.mask[rows], self.logits[rows])
+
+
+def run_prompts(model: Any, processor: Any, questions: Sequence[Question]) -> Prompted:
+    """Run the prompts of a batch; what several have in common up to their last picture, once."""
+    cuts = [_after_pictures(q.input_ids, processor.image_token_id) for q in questions]
+    firsts: dict[Hashable, int] = {}
+    owners: list[int] = []
+    heads: list[Question] = []
+    for question, cut in zip(questions, cuts, strict=True):
+        key = (tuple(question.input_ids[:cut]), picture_key(question.sample))
+        if key not in firsts:
+            firsts[key] = len(heads)
+            heads.append(question._replace(input_ids=question.input_ids[:cut]))
+        owners.append(firsts[key])
+    inputs = model_inputs(model, processor, heads)
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    mask = inputs["attention_mask"]
+    assert mask is not None
+    prompted = Prompted(output.past_key_values, mask, output.logits[:, -1])
+    if len(heads) < len(questions):
+        prompted = prompted.select(torch.tensor(owners, device=mask.device))
+    rest = [q.input_ids[cut:] for q, cut in zip(questions, cuts, strict=True)]
+    return _run_rest(model, prompted, rest)
+
+
+def _run_rest(model: Any, prompted: Prompted, rest: Sequence[Sequence[int]]) -> Prompted:
+    """Run what follows the pictures, padded on the right; rows may have nothing left."""
+    if not any(rest):
+        return prompted
+    ids, real = pad_right(rest, prompted.mask.device)
+    mask = torch.cat([prompted.mask, real], dim=1)
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=prompted.cache,
+        use_cache=True,
+        logits_to_keep=1,  # with a mask: each row's last real token
+    )
+    logits = torch.where(real.any(dim=1, keepdim=True), output.logits[:, -1], prompted.logits)
+    return Prompted(prompted.cache, mask, logits)
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) and mask (B, L) of rows of different lengths."""
+    width = max(map(len, rows))
+    ids = [[*row, *[0] * (width - len(row))] for row in rows]
+    real = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+
+
+def _after_pictures(ids: Sequence[int], image_token_id: int) -> int:
+    """Length of a prompt up to its last picture; without one, all of it."""
+    for at in range(len(ids) - 1, -1, -1):
+        if ids[at] == image_token_id:
+            return at + 1
+    return len(ids)
+
+
+def picture_key(sample: Sample) -> Hashable:
+    """The same for questions with the same pictures (told by file name; open ones by identity)."""
+    return tuple(
+        image if isinstance(image, Path | StoredImage | bytes) else id(image) for image in sample.images
+    )
+
+
 def generate_answers(
     model: Any, processor: Any, questions: Sequence[Question], *, max_new_tokens: int
 ) -> list[Reply]:
-    """Greedy answers to a batch of questions, padded on the left."""
+    """Greedy answers to a batch of questions: the tokens that `model.generate` gives without sampling."""
     ends = _end_ids(model, processor)
+    needs_mask = language_family(model.config.text_config).needs_mask_after_prompt
+    written: list[list[int]] = [[] for _ in questions]
+    with evaluating(model), torch.inference_mode():
+        now = run_prompts(model, processor, questions)
+        rows = list(range(len(questions)))
+        for step in range(max_new_tokens):
+            chosen = now.logits.argmax(dim=-1)
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                if not written[row] or written[row][-1] not in ends:
+                    written[row].append(token)
+            going = [at for at, row in enumerate(rows) if written[row][-1] not in ends]
+            if not going or step + 1 == max_new_tokens:
+                break
+            if 2 * len(going) <= len(rows):  # rows that ended leave the batch, when that is worth a copy
+                kept = torch.tensor(going, device=chosen.device)
+                now, chosen, rows = now.select(kept), chosen[kept], [rows[at] for at in going]
+            mask = torch.cat([now.mask, torch.ones_like(now.mask[:, :1])], dim=1) if needs_mask else now.mask
+            output = model(
+                input_ids=chosen[:, None],
+                attention_mask=mask if needs_mask else None,
+                past_key_values=now.cache,
+                use_cache=True,
+                logits_to_keep=0,
+            )
+            now = Prompted(now.cache, mask, output.logits[:, -1])
+    return [_reply(processor, ids, ends) for ids in written]
+
+
+def sample_answers(
+    model: Any, processor: Any, questions: Sequence[Question], *, max_new_tokens: int, **options: Any
+) -> list[Reply]:
+    """Answers by transformers' `generate`, with its options (do_sample, temperature, top_p, num_beams, ...)."""
+    from transformers import GenerationConfig
+
+    ends = _end_ids(model, processor)
+    settings = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **options}
+    config = GenerationConfig(
+        **settings,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=processor.pad_token_id,
+        use_cache=True,
+    )
     with evaluating(model), torch.inference_mode():
         inputs = model_inputs(model, processor, questions)
-        sequences = model.generate(
-            **inputs, generation_config=_greedy(max_new_tokens, ends, processor.pad_token_id)
-        )
-    width = inputs["input_ids"].shape[1]  # type: ignore[union-attr]
+        sequences = model.generate(**inputs, generation_config=config)
+    width = max(len(q.input_ids) for q in questions)
     return [_reply(processor, row, ends) for row in sequences[:, width:].tolist()]
 
 
@@ -129,22 +264,6 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ends),
-        pad_token_id=pad,
-        use_cache=True,
-    )
 
 
 def _end_ids(model: Any, processor: Any) -> list[int]:

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from vlmamba.errors import DataError
-from vlmamba.evaluation.generation import Question, encode_question, evaluating, model_inputs
+from vlmamba.evaluation.generation import (
+    Prompted,
+    Question,
+    encode_question,
+    evaluating,
+    pad_right,
+    run_prompts,
+)
 from vlmamba.evaluation.task import Sample
 
 
@@ -88,37 +95,27 @@ def score_options(model: Any, processor: Any, questions: Sequence[Question]) -> 
         For each question the scores of its options, in their order.
     """
     with evaluating(model), torch.inference_mode():
-        inputs = model_inputs(model, processor, questions)
-        prompt = model(**inputs, use_cache=True, logits_to_keep=1)
+        prompted = run_prompts(model, processor, questions)
         owners = [row for row, q in enumerate(questions) for _ in q.options]
         options = [ids for q in questions for ids in q.options]
         rows = torch.tensor(owners, device=model.device)
-        first = prompt.logits[:, -1]  # (B, X)
-        logits = first[rows][:, None]
+        logits = prompted.logits[rows][:, None]
         if max(map(len, options)) > 1:
-            later = _continue(model, prompt.past_key_values, inputs["attention_mask"], rows, options)
+            later = _continue(model, prompted.select(rows), options)
             logits = torch.cat([logits, later], dim=1)  # (O, T, X)
         scores = iter(_scores(logits, options))
     return [[next(scores) for _ in q.options] for q in questions]
 
 
-def _continue(
-    model: Any, cache: Any, mask: Tensor | None, rows: Tensor, options: Sequence[Sequence[int]]
-) -> Tensor:
+def _continue(model: Any, prompted: Prompted, options: Sequence[Sequence[int]]) -> Tensor:
     """Logits (O, T-1, X) behind each option's tokens but its last, from the prompts' states."""
-    cache.batch_select_indices(rows)
-    steps = max(map(len, options)) - 1
-    fed = [list(ids[:-1]) for ids in options]
-    ids = torch.tensor([row + [0] * (steps - len(row)) for row in fed], device=rows.device)
-    real = torch.tensor([[1] * len(row) + [0] * (steps - len(row)) for row in fed], device=rows.device)
-    assert mask is not None
-    output = model(
+    ids, real = pad_right([option[:-1] for option in options], prompted.mask.device)
+    logits: Tensor = model(
         input_ids=ids,
-        attention_mask=torch.cat([mask[rows], real], dim=1),
-        past_key_values=cache,
+        attention_mask=torch.cat([prompted.mask, real], dim=1),
+        past_key_values=prompted.cache,
         use_cache=True,
-    )
-    logits: Tensor = output.logits
+    ).logits
     return logits
 
 

@@ -30,6 +30,7 @@ from vlmamba.evaluation.generation import (
     encode_question,
     generate_answers,
     image_first,
+    picture_key,
 )
 from vlmamba.evaluation.likelihood import OptionScore, encode_options, score_options
 from vlmamba.evaluation.ranks import Ranks
@@ -119,7 +120,7 @@ def evaluate(
     with lock_answers(path if ranks.is_main else part_path(path, ranks.rank)):
         done = ranks.on_main(merge)
         pending = [sample for sample in samples if sample.key not in done]
-        mine = ranks.share(pending)
+        mine = [sample for group in ranks.share(group_by_pictures(pending)) for sample in group]
         own = path if ranks.world_size == 1 else part_path(path, ranks.rank)
         bar = _progress_bar(len(samples) - len(pending), len(mine), task.name, ranks, enabled=progress)
         with RecordFile(own) as file, bar:
@@ -188,13 +189,19 @@ class BatchSize:
 def _ask(
     model: Any, processor: Any, task: Task, samples: Sequence[Sample], size: BatchSize
 ) -> Iterator[list[Record]]:
-    """Answers in batches of questions of like length, the longest first; encoded as they are needed."""
+    """Answers in batches, encoded as they are needed.
+
+    Questions about the same pictures stay together, since they share most of their prompt; besides, the
+    longest come first, so that rows of a batch need little padding and a lack of memory shows at once.
+    """
     start = 0
     while start < len(samples):
         window = samples[start : start + size.now * WINDOW]
         start += len(window)
-        questions = [_encode(processor, task, sample) for sample in window]
-        queue = deque(sorted(questions, key=lambda q: -len(q.input_ids)))
+        questions = {sample.key: _encode(processor, task, sample) for sample in window}
+        groups = [[questions[sample.key] for sample in group] for group in group_by_pictures(window)]
+        groups.sort(key=lambda group: -max(len(q.input_ids) for q in group))
+        queue = deque(question for group in groups for question in group)
         while queue:
             batch = [queue.popleft() for _ in range(min(size.now, len(queue)))]
             answers = _try(model, processor, task, batch)
@@ -203,6 +210,14 @@ def _ask(
                 queue.extendleft(reversed(batch))
             else:
                 yield answers
+
+
+def group_by_pictures(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Questions about the same pictures together, in the order in which they first come."""
+    groups: dict[Any, list[Sample]] = {}
+    for at, sample in enumerate(samples):
+        groups.setdefault(picture_key(sample) if sample.images else at, []).append(sample)
+    return list(groups.values())
 
 
 def _encode(processor: Any, task: Task, sample: Sample) -> Question:
