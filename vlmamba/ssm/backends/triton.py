@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from vlmamba.ssm.backends.triton_tuning import interpreted
-from vlmamba.ssm.spec import Backend, ScanCall, ScanSpec, Verdict
+from vlmamba.ssm.spec import Backend, ConvCall, ScanCall, ScanSpec, StepCall, Verdict
 
 LARGEST_STATE = 128
+LARGEST_KERNEL = 8
 MOST_GROUPS_WITH_REVERSE = 62
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,6 +28,20 @@ def scan(call: ScanCall) -> tuple[Tensor, Tensor | None]:
     from vlmamba.ssm.backends import triton_scan
 
     return triton_scan.scan(call)
+
+
+def conv(call: ConvCall) -> Tensor:
+    """Run `causal_conv1d`."""
+    from vlmamba.ssm.backends import triton_conv
+
+    return triton_conv.conv(call)
+
+
+def step(call: StepCall) -> Tensor:
+    """Run `selective_state_update`."""
+    from vlmamba.ssm.backends import triton_step
+
+    return triton_step.step(call)
 
 
 def available() -> Verdict:
@@ -60,9 +75,14 @@ def supports(spec: ScanSpec) -> Verdict:
         name = str(spec.dtype).removeprefix("torch.")
         return f"it computes in float32; {name} is served by 'reference'"
     if spec.op == "conv":
-        return True
+        widest = spec.state_size <= LARGEST_KERNEL
+        return (
+            True if widest else f"a kernel of {spec.state_size} taps is too wide (at most {LARGEST_KERNEL})"
+        )
     if spec.state_size > LARGEST_STATE:
         return f"N = {spec.state_size} does not fit into registers (at most {LARGEST_STATE})"
+    if spec.op == "step" and spec.needs_grad:
+        return "its decode step has no gradient"
     if "reverse" in spec.features and spec.groups > MOST_GROUPS_WITH_REVERSE:
         return f"it reverses at most {MOST_GROUPS_WITH_REVERSE} groups, not {spec.groups}"
     return True
@@ -72,6 +92,8 @@ BACKEND = Backend(
     name="triton",
     priority=-1 if interpreted() else 40,
     scan=scan,
+    conv=conv,
+    step=step,
     available=available,
     supports=supports,
 )

@@ -26,15 +26,16 @@ _best: dict[tuple[Any, ...], Tiling] = {}
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Channels of a tile and time steps of a tile."""
+    """Channels of a tile, time steps of a tile, and warps of a program."""
 
     block: int
     steps: int
+    warps: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
         """Launch options that go with every tiling."""
-        return {"num_warps": 1, "enable_fp_fusion": True}
+        return {"num_warps": self.warps, "enable_fp_fusion": True}
 
 
 def interpreted() -> bool:
