@@ -27,6 +27,7 @@ BACKENDS: Registry[Backend] = Registry("state-space backend")
 BACKENDS.add("reference", "vlmamba.ssm.backends.reference:BACKEND")
 BACKENDS.add("torch", "vlmamba.ssm.backends.torch_chunked:BACKEND")
 BACKENDS.add("cpu", "vlmamba.ssm.backends.cpu:BACKEND")
+BACKENDS.add("mamba_ssm", "vlmamba.ssm.backends.mamba_ssm:BACKEND")
 BACKENDS.add("triton", "vlmamba.ssm.backends.triton:BACKEND")
 
 _forced: list[str | None] = []
