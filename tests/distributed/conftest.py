@@ -13,6 +13,7 @@ import pytest
 from vlmamba.testing.processes import Ended, run_ranks
 
 PROGRAMS = Path(__file__).with_name("programs.py")
+ENVIRONMENT = {"VLMAMBA_PROGRESS": "0", "VLMAMBA_SSM_BACKEND": "torch"}
 Ranks = Callable[..., list[Ended]]
 
 
@@ -27,8 +28,15 @@ def _load(path: Path, name: str) -> ModuleType:
 _shared = _load(Path(__file__).parents[1] / "training" / "conftest.py", "training_conftest")
 weights = _shared.weights
 task = _shared.task
-quiet = _shared.quiet
 make_config = _shared.make_config
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No progress bars, a cache of its own, and a scan that need not be compiled first, in every process."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLMAMBA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -56,7 +64,7 @@ def ranks(tmp_path: Path) -> Ranks:
     def call(function: str, *arguments: Any, world_size: int = 2, **options: Any) -> list[Ended]:
         nonlocal count
         count += 1
-        environment = {"VLMAMBA_PROGRESS": "0", "VLMAMBA_CACHE": str(tmp_path / "cache")}
+        environment = {**ENVIRONMENT, "VLMAMBA_CACHE": str(tmp_path / "cache")}
         environment |= options.pop("environment", {})
         return run_ranks(
             PROGRAMS,

@@ -86,9 +86,9 @@ def test_a_killed_process_ends_the_others(values: Values, ranks: Any, parallel: 
     ends = ranks("train", [job(values({"parallel": parallel, "save_every": 1}), ("SIGKILL", 1, 2))])
     assert ends[1].exitcode == -signal.SIGKILL
     assert ends[0].exitcode == 1
-    assert "Traceback" in ends[0].output and "optimizer_step" in ends[0].output
+    assert "Traceback" in ends[0].output and "vlmamba/training/loop.py" in ends[0].output
     assert "onnection closed by peer" in ends[0].output or "onnection reset by peer" in ends[0].output
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 200  # it does not wait for a limit
     assert latest_step(Path(values()["output"])) in (1, 2)
 
 
