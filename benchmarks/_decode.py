@@ -5,11 +5,12 @@ Shapes: B batch, L prompt length.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import Case, DisagreementError, alternate
+from _common import Case, DisagreementError, alternate, check_same
 from torch import Tensor, nn
 
 from vlmamba.models.language import MambaLM, mamba_config
@@ -98,5 +99,74 @@ def _weights_alone(model: MambaLM, batch: int, new: int, device: str) -> Callabl
             for _ in range(new):
                 for module, x in zip(linears, inputs, strict=True):
                     module(x)
+
+    return run
+
+
+def weights_cases(options: Any) -> list[Case]:
+    """Decoding with weights in fewer bits: is a token, which is bound by reading them, faster?"""
+    return [weights_case("playground" if options.quick else "130m", batch, options) for batch in (1, 8)]
+
+
+def weights_case(size: str, batch: int, options: Any) -> Case:
+    """Fp32, bf16 and int8 weights in the same greedy loop; each may answer tokens of its own."""
+    new = 8
+    title = f"weights {size}, {batch} row(s), {new} new tokens behind {PROMPT}"
+    full = language_model(size, torch.float32, options.device)
+    ids = torch.randint(
+        1, full.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(1)
+    )
+    models = {"fp32": full, "bf16": copy.deepcopy(full).bfloat16(), "int8": int8_weights(copy.deepcopy(full))}
+    exact = full(ids.to(options.device)).logits
+    errors = {}
+    for name, model in models.items():
+        found = {"logits": model(ids.to(options.device)).logits.detach()}
+        errors[name] = check_same(title, name, found, {"logits": exact.detach()}, 0.1)
+    runs = {name: _loop(model, ids.to(options.device), new) for name, model in models.items()}
+    rounds = options.rounds or (3 if options.quick else 9)
+    timings = alternate(runs, rounds=rounds, device=options.device, budget=4.0 if options.quick else 30.0)
+    case = Case(title, "fp32", timings, "tokens", float(batch * new), errors)
+    case.notes.append("'error' is that of the prompt's logits over their largest; int8 is one scale a row.")
+    return case
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is int8 with one scale a row, through PyTorch's own (private) product."""
+
+    weight_int8: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
+        self.register_buffer("weight_int8", torch.round(weight / scale[:, None]).to(torch.int8))
+        self.register_buffer("scale", scale.bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in bf16 inside."""
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y = torch._weight_int8pack_mm(rows, self.weight_int8, self.scale).to(x.dtype)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if self.bias is None else y + self.bias
+
+
+def int8_weights(model: MambaLM) -> MambaLM:
+    """The model with every large projection and the head in int8 (in place)."""
+    for block in model.backbone.blocks():
+        for name in ("in_proj", "x_proj", "out_proj"):
+            setattr(block.mixer, name, Int8Linear(getattr(block.mixer, name)))
+    model.lm_head = Int8Linear(model.lm_head)  # type: ignore[assignment]
+    return model
+
+
+def _loop(model: MambaLM, ids: Tensor, new: int) -> Callable[[], Any]:
+    def run() -> None:
+        with torch.inference_mode():
+            out: Any = model(ids, use_cache=True, logits_to_keep=1)
+            for _ in range(new):
+                token = out.logits[:, -1:].argmax(-1)
+                out = model(token, past_key_values=out.past_key_values, logits_to_keep=1)
 
     return run

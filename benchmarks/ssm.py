@@ -1,6 +1,6 @@
 """Times of the selective scan, the causal convolution, a whole Mamba layer and decoding, against peers.
 
-    python benchmarks/ssm.py                   # everything: scan conv layer decode
+    python benchmarks/ssm.py                   # everything: scan conv layer decode weights
     python benchmarks/ssm.py scan layer --quick
     python benchmarks/ssm.py scan --device cuda --dtype bf16
 
@@ -29,7 +29,7 @@ from _common import (
     finish,
 )
 from _contenders import Contender
-from _decode import decode_cases
+from _decode import decode_cases, weights_cases
 from _layer import layer_cases
 from torch import Tensor
 
@@ -50,7 +50,7 @@ QUICK = [(2, 128, 256, 16)]
 def main(argv: list[str] | None = None) -> int:
     """Run the pieces asked for."""
     parser = arguments(__doc__ or "", "ssm")
-    parser.add_argument("pieces", nargs="*", help="scan, conv, layer, decode; all by default")
+    parser.add_argument("pieces", nargs="*", help="scan, conv, layer, decode, weights; all by default")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--rounds", type=int, help="rounds a case (9, or 3 with --quick)")
     parser.add_argument("--no-peers", action="store_true", help="vlmamba's backends and the plain loop only")
@@ -110,6 +110,7 @@ PIECES: dict[str, Callable[[Any], list[Case]]] = {
     "conv": conv_cases,
     "layer": layer_cases,
     "decode": decode_cases,
+    "weights": weights_cases,
 }
 
 

@@ -84,7 +84,7 @@ def test_a_disagreement_prints_no_figure(ssm, tmp_path, capsys, monkeypatch):
 def test_an_unknown_piece_is_named(ssm, capsys):
     with pytest.raises(SystemExit):
         ssm.main(["scam"])
-    assert "unknown piece 'scam'; there are scan, conv, layer, decode" in capsys.readouterr().err
+    assert "unknown piece 'scam'; there are scan, conv, layer, decode, weights" in capsys.readouterr().err
 
 
 def test_a_layer_and_its_peer(load, ssm, monkeypatch, tmp_path):
@@ -93,3 +93,33 @@ def test_a_layer_and_its_peer(load, ssm, monkeypatch, tmp_path):
     assert ssm.main(["layer", "--quick", "--rounds", "1", "--out", str(tmp_path)]) == 0
     (case,) = json.loads((tmp_path / "ssm.json").read_text())["cases"]
     assert {"four projections alone", "vlmamba torch", "transformers"} <= case["timings"].keys()
+
+
+def test_int8_weights_are_the_weights_to_a_256th(load):
+    decode = load("_decode")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(32, 48)
+    x = torch.randn(3, 2, 32)
+    quantised = decode.Int8Linear(linear)
+    assert quantised.weight_int8.dtype == torch.int8
+    error = (quantised(x) - linear(x)).abs().max() / linear(x).abs().max()
+    assert 0 < error < 2e-2
+
+
+def test_decoding_and_weights(load, ssm, monkeypatch, tmp_path):
+    decode = load("_decode")
+    small = decode.language_model
+
+    def tiny(size, dtype, device):
+        monkeypatch.setattr(decode, "mamba_config", lambda size, **f: real(size, **{**f, **sizes}))
+        return small(size, dtype, device)
+
+    real, sizes = decode.mamba_config, {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    monkeypatch.setattr(decode, "language_model", tiny)
+    assert ssm.main(["decode", "weights", "--quick", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    cases = json.loads((tmp_path / "ssm.json").read_text())["cases"]
+    assert [sorted(case["timings"]) for case in cases] == [
+        ["transformers generate", "vlmamba generate", "weights alone"],
+        ["bf16", "fp32", "int8"],
+        ["bf16", "fp32", "int8"],
+    ]
