@@ -25,6 +25,9 @@ from vlmamba.ssm.spec import ScanCall, no_autocast
 KEEP = 16
 """Tokens between two saved states: 4 N / KEEP bytes for each token and channel."""
 
+SHORTEST_SPLIT = 64
+"""Fewest tokens of a split of time."""
+
 FORWARD_TILINGS = (Tiling(32, 4), Tiling(32, 2), Tiling(64, 2), Tiling(16, 4))
 BACKWARD_TILINGS = (Tiling(32, 4), Tiling(32, 2), Tiling(16, 4), Tiling(16, 2))
 """Candidates, the one used without tuning first."""
@@ -39,7 +42,7 @@ class _Plan:
         width = channels // groups
         tiles = -(-width // tiling.block)
         programs = batch * groups * tiles
-        splits = max(1, min(programs_wanted(call.u.device) // programs, length // (4 * KEEP)))
+        splits = max(1, min(programs_wanted(call.u.device) // programs, length // SHORTEST_SPLIT))
         split_length = -(-length // (splits * KEEP)) * KEEP
         reverse = sum(1 << group for group, flag in enumerate(call.reverse) if flag)
         self.inputs = Inputs(
