@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,11 +141,3 @@ def write_sheet(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]
         sheet.append(list(row))
     book.save(path)
     return path
-
-
-def by_text(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Samples of each question id, as text."""
-    found: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        found[str(sample.question_id)].append(sample)
-    return found

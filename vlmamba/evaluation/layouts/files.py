@@ -225,11 +225,12 @@ def require_keys(document: Document, keys: Sequence[str], benchmark: Benchmark) 
     """
     if not document.rows:
         raise benchmark.wrong(document)
+    wanted = set(keys)
     bad = [
         (document.where(at), [key for key in keys if not isinstance(row, dict) or key not in row])
         for at, row in enumerate(document.rows)
+        if not isinstance(row, dict) or not wanted <= row.keys()
     ]
-    bad = [(where, lacking) for where, lacking in bad if lacking]
     if len(bad) == len(document.rows):
         raise benchmark.wrong(document, f"its rows lack {', '.join(bad[0][1])}")
     if bad:

@@ -6,6 +6,7 @@ LLaVA-1.5 puts the picture first, a newline, the question, a newline and one of 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,13 @@ def picture(root: Path, name: str, where: str) -> Path:
         raise ImageError(
             f"{where}: image path {name!r} leaves its root {root}. Write it relative to the root, or move the root up"
         )
-    return root / slashed
+    return _join(root, slashed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _join(root: Path, name: str) -> Path:
+    """Questions on the same picture stand together in most files."""
+    return root / name
 
 
 def llava_questions(
