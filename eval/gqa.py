@@ -112,7 +112,7 @@ def _task(
             "tier": tier,
             "prompt": "question, short-answer instruction",
             "comparison": style,
-            "choices": str(valid or ""),
+            **({"choices": str(valid)} if valid else {}),
         },
     )
 

@@ -4,7 +4,11 @@
     mmbench_cn          dev, Chinese
     mmbench_test        test, English: answers are not public
     mmbench_lmms        dev, English, letters read as lmms-eval's older rules do
-    mmbench_playground  held-out scenes of the playground in the official layout
+    mmbench_likelihood  dev, English, the letter with the largest log-probability after the same prompt
+    mmbench_texts       dev, English, the option's text with the largest mean log-probability of a token, after
+                        the question without its options: another protocol, for models that know no letters
+    mmbench_playground, mmbench_playground_texts
+                        held-out scenes of the playground in the official layout
 
 The headline is circular accuracy, without a judge: an answer that names no option is wrong, and counted. Empty
 cells are options that do not exist; a cell "None" or "nan" is an option with this text (pandas, and with it LLaVA and
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +85,23 @@ def mmbench_test(annotations: str | None = None) -> Task:
 def mmbench_lmms(annotations: str | None = None) -> Task:
     """Dev, English, letters by lmms-eval's rules."""
     return _task("mmbench_lmms", DEV, annotations, style="lmms")
+
+
+def mmbench_likelihood(annotations: str | None = None) -> Task:
+    """Dev, English, letters ranked by likelihood."""
+    base = _task("mmbench_likelihood", DEV, annotations)
+    samples = [dataclasses.replace(s, options=tuple(s.metadata["options"])) for s in base.samples]
+    return dataclasses.replace(base, samples=samples, method="likelihood", submission=None)
+
+
+def mmbench_texts(annotations: str | None = None) -> Task:
+    """Dev, English, texts of the options ranked by likelihood."""
+    return _by_texts(_task("mmbench_texts", DEV, annotations))
+
+
+def mmbench_playground_texts(annotations: str = "playground/data/mini/benchmarks/mmbench") -> Task:
+    """The playground's scenes, texts of the options ranked by likelihood."""
+    return _by_texts(dataclasses.replace(mmbench_playground(annotations), name="mmbench_playground_texts"))
 
 
 def mmbench_playground(annotations: str = "playground/data/mini/benchmarks/mmbench") -> Task:
@@ -213,6 +235,34 @@ def _sample(row: Mapping[str, Any], images: tuple[ImageRef, ...], suffix: str, w
         {"options": options, "row": {key: value for key, value in row.items() if key != "image"}},
         group=index % ROTATION,
     )
+
+
+def _by_texts(base: Task) -> Task:
+    """The same questions without options, which are ranked instead."""
+    samples = []
+    for sample in base.samples:
+        row, options = sample.metadata["row"], tuple(sample.metadata["options"].values())
+        question = "\n".join(part for part in (row.get("hint", ""), row["question"]) if part)
+        samples.append(dataclasses.replace(sample, text=lay.with_suffix(question), options=options))
+    return dataclasses.replace(
+        base,
+        samples=samples,
+        score=_score_texts if samples[0].answer else base.score,
+        method="likelihood",
+        normalised=True,
+        submission=None,
+        settings={
+            **base.settings,
+            "prompt": "hint, question, short-answer instruction",
+            "letters": "text ranked first",
+        },
+    )
+
+
+def _score_texts(samples: Sequence[Sample], predictions: Sequence[str | None]) -> Score:
+    letters = [{text: letter for letter, text in s.metadata["options"].items()} for s in samples]
+    given = [None if p is None else named.get(p, p) for p, named in zip(predictions, letters, strict=True)]
+    return _scorer("vlmevalkit")(samples, given)
 
 
 def _scorer(style: str) -> Scorer:

@@ -89,7 +89,8 @@ def pope_playground(
     annotations: str = "playground/data/mini/benchmarks/pope", images: str | None = None
 ) -> Task:
     """The playground's scenes; ``python playground/make_data.py`` writes them."""
-    return dataclasses.replace(_task("pope_playground", annotations, images), references=())
+    base = _task("pope_playground", annotations, images)
+    return dataclasses.replace(base, references=(), settings={**base.settings, "release": "playground"})
 
 
 def _task(name: str, annotations: str | None, images: str | None, release: str | None = None) -> Task:

@@ -161,3 +161,20 @@ def test_what_is_wrong_is_said(files, png, tsv, load, score):
     twice = rows(png)
     with pytest.raises(DataError, match=r"asks 1 question\(s\) more than once"):
         load("mmbench", files.table("a.tsv", [*twice, twice[0]]))
+
+
+def test_options_are_ranked_as_letters_or_as_texts(files, tsv, load, score):
+    letters, texts = load("mmbench_likelihood", tsv), load("mmbench_texts", tsv)
+    assert letters.samples[0].options == ("A", "B", "C")
+    assert letters.samples[0].text == load("mmbench", tsv).samples[0].text
+    assert texts.samples[2].options == ('a "dog"', "cat", "None")
+    assert texts.samples[1].text == "What\tis it?\nAnswer the question using a single word or phrase."
+    assert (letters.normalised, texts.normalised, texts.method) == (False, True, "likelihood")
+    rows = [{"question_id": s.question_id, "text": s.metadata["options"][s.answer]} for s in texts.samples]
+    assert score("mmbench_texts", files.lines("a.jsonl", rows), tsv)["headline"]["value"] == 100.0
+    rows[4]["text"] = "None"
+    assert score("mmbench_texts", files.lines("a.jsonl", rows), tsv)["headline"]["value"] == 50.0
+    assert (
+        score("mmbench_likelihood", files.lines("b.jsonl", answer_rows(letters)), tsv)["headline"]["value"]
+        == 100.0
+    )
