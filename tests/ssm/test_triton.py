@@ -199,31 +199,26 @@ def test_kernels_compile_without_a_device(scan_inputs, segments, monkeypatch, tm
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
-    driver.set_active(Device())
-    try:
-        made = scan_inputs(batch=1, length=200, channels=64, size=16, groups=2)
-        leaf = {n: t.to(dtype if n in TIMED else torch.float32).requires_grad_() for n, t in made.items()}
-        u, dt, A, B, C, D, z, bias, start = (leaf[n] for n in made)
-        del A, D
-        order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-        ids = segments([150, 50])
-        at = torch.tensor([[3, 150]])
-        fixed = (True, ids, start, (False, True))
-        for tail in ((at, False), (None, True)):
-            y, states = triton_scan.scan(ScanCall(*(leaf[n] for n in order), *fixed, *tail))
-            torch.autograd.backward([y, states], [torch.ones_like(y), torch.ones_like(states)])
-        weight = torch.ones(64, 4, requires_grad=True)
-        triton_conv.conv(ConvCall(u, weight, bias, "silu", ids, True, 3)).sum().backward()
-        with torch.no_grad():
-            token = {n: t[:, 0] if n in TIMED else t for n, t in leaf.items()}
-            triton_step.step(StepCall(start, *(token[n] for n in order), True))
-    finally:
-        driver.reset_active()
+    monkeypatch.setattr(driver, "_active", Device())
+    made = scan_inputs(batch=1, length=200, channels=64, size=16, groups=2)
+    leaf = {n: t.to(dtype if n in TIMED else torch.float32).requires_grad_() for n, t in made.items()}
+    u, bias, start = leaf["u"], leaf["dt_bias"], leaf["initial_state"]
+    order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    ids = segments([150, 50])
+    at = torch.tensor([[3, 150]])
+    fixed = (True, ids, start, (False, True))
+    for tail in ((at, False), (None, True)):
+        y, states = triton_scan.scan(ScanCall(*(leaf[n] for n in order), *fixed, *tail))
+        torch.autograd.backward([y, states], [torch.ones_like(y), torch.ones_like(states)])
+    weight = torch.ones(64, 4, requires_grad=True)
+    triton_conv.conv(ConvCall(u, weight, bias, "silu", ids, True, 3)).sum().backward()
+    with torch.no_grad():
+        token = {n: t[:, 0] if n in TIMED else t for n, t in leaf.items()}
+        triton_step.step(StepCall(start, *(token[n] for n in order), True))
     assert set(compiled) == {
         *("scan_forward", "local_states", "combine", "states_at", "scan_backward", "local_gradients"),
         *("conv_forward", "conv_backward", "update"),
     }
-    del dt, B, C, z
 
 
 @pytest.mark.skipif(interpreted(), reason="it is about processes without the interpreter")
