@@ -94,19 +94,21 @@ def _build_and_load(check: Callable[[Library], str | None]) -> Library:
     compiler = find_compiler()
     sources = _sources()
     name = f"scan-{_key(compiler, sources)}.so"
+    content: bytes | None = None
     try:
         folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / name
         library = _open(path) if path.is_file() else None
         if library is None:
-            _place(_compile(compiler, sources), path)
+            content = _compile(compiler, sources)
+            _place(content, path)
             library = _open(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         logger.warning("cannot keep the native CPU kernel (%s); it is compiled for this process alone", error)
         library = None
     if library is None:
-        library = _open_privately(_compile(compiler, sources), name)
+        library = _open_privately(content or _compile(compiler, sources), name)
     wrong = check(library)
     if wrong is not None:
         raise _BuildError(f"the compiled kernel fails its self-check: {wrong}")
