@@ -30,6 +30,7 @@ from vlmamba.models.language import (
 from vlmamba.models.language.loss import apply_head, next_token_loss, select_rows
 from vlmamba.models.vision import build_vision_encoder
 from vlmamba.models.vision.base import VisionEncoder
+from vlmamba.ssm.mixer import FP32_PARAMETERS
 
 
 @dataclass
@@ -63,6 +64,9 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = (
+        FP32_PARAMETERS  # those of the connectors' layers; the language model names its own
+    )
 
     def __init__(
         self,

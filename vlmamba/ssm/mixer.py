@@ -31,6 +31,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+FP32_PARAMETERS = (r"\.A_log$", r"\.D$")
+"""Names (regular expressions) of what a layer keeps in float32 in a half-precision model: a rounded A changes how long
+the state remembers, and both are a tiny part of the model. mamba_simple.py of state-spaces/mamba keeps them so, too."""
+
 
 class MambaMixer(nn.Module):
     """One Mamba layer: projection, causal convolution, selective scan, gate, projection.

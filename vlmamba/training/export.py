@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
+from vlmamba.ssm.mixer import FP32_PARAMETERS
 from vlmamba.training.init_from import CONNECTOR
 from vlmamba.training.run_dir import whole_directory, write_errors
 
@@ -25,7 +27,7 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
         model: A `VLMambaForConditionalGeneration`.
         processor: Its processor.
         directory: Replaced as a whole when it exists.
-        dtype: Of the exported weights.
+        dtype: Of the exported weights, but for the few that stay in float32 (`vlmamba.ssm.mixer.FP32_PARAMETERS`).
 
     Returns:
         The directory.
@@ -38,7 +40,9 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
     with whole_directory(directory) as target:
         connector = getattr(model, CONNECTOR)
         state = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            name: tensor.to(torch.float32 if keeps_fp32(name) else dtype)
+            if tensor.is_floating_point()
+            else tensor
             for name, tensor in model.state_dict().items()
         }
         previous = model.config.dtype
@@ -63,3 +67,8 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
             json.dumps(description, indent=2) + "\n", encoding="utf-8"
         )
     return directory
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether a parameter stays in float32 in a half-precision export."""
+    return any(re.search(pattern, name) for pattern in FP32_PARAMETERS)

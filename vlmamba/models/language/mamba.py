@@ -26,7 +26,7 @@ from vlmamba.models.language.cache import MambaCache, RealFirst, keep_rows_witho
 from vlmamba.models.language.families import LanguageFamily
 from vlmamba.models.language.loading import load_mamba
 from vlmamba.models.language.loss import apply_head, loss_from_logits, next_token_loss, select_rows
-from vlmamba.ssm.mixer import MambaMixer
+from vlmamba.ssm.mixer import FP32_PARAMETERS, MambaMixer
 
 
 @dataclass
@@ -52,6 +52,7 @@ class MambaLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ("MambaBlock",)
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
     _is_stateful = True
 
