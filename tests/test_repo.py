@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "data": set(),
     "training": {"ssm", "models", "data", "checkpoints"},
     "evaluation": {"ssm", "models", "data", "checkpoints"},
+    "integrations": {"ssm", "models", "data", "evaluation"},
     "testing": {"ssm", "models", "data", "training"},
-    "cli": {"ssm", "models", "data", "checkpoints", "training", "evaluation"},
+    "cli": {"ssm", "models", "data", "checkpoints", "training", "evaluation", "integrations"},
 }
 
 

@@ -15,9 +15,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -56,6 +56,8 @@ __all__ = [
     "image_first",
     "model_fingerprint",
 ]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -229,19 +231,28 @@ def _encode(processor: Any, task: Task, sample: Sample) -> Question:
 
 def _try(model: Any, processor: Any, task: Task, batch: Sequence[Question]) -> list[Record] | None:
     """The answers of a batch, or None where memory ran out."""
-    try:
+
+    def answer() -> list[Record]:
         if task.method == "likelihood":
             scored = score_options(model, processor, batch)
             return [_chosen(q.sample, s, task.normalised) for q, s in zip(batch, scored, strict=True)]
         replies = generate_answers(model, processor, batch, max_new_tokens=task.max_new_tokens)
         return [_generated(q.sample, reply) for q, reply in zip(batch, replies, strict=True)]
+
+    return out_of_memory_is_none(answer, model.device.type)
+
+
+def out_of_memory_is_none(function: Callable[[], T], device: str) -> T | None:
+    """What a function returns, or None (and memory given back) where there was too little memory for it."""
+    try:
+        return function()
     except (torch.OutOfMemoryError, MemoryError):
         pass
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):  # torch, where the host has no memory left
             raise
     gc.collect()
-    if model.device.type == "cuda":
+    if device == "cuda":
         torch.cuda.empty_cache()
     return None
 

@@ -1,0 +1,8 @@
+"""vlmamba checkpoints inside other evaluation harnesses, which stay unmodified.
+
+    `lmms_eval`    found by lmms-eval through the entry point group ``lmms_eval.models``
+    `vlmevalkit`   a launcher around VLMEvalKit's ``run.py``
+    `asking`       what both use: a checkpoint that answers chat messages
+
+Importing this package imports none of them.
+"""

@@ -1,0 +1,145 @@
+"""A checkpoint that answers chat messages, in batches: what other harnesses and the server need of it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmamba.evaluation.cli import load_for_evaluation
+from vlmamba.evaluation.generation import (
+    Question,
+    encode_question,
+    generate_answers,
+    sample_answers,
+)
+from vlmamba.evaluation.likelihood import OptionScore, encode_options, score_options
+from vlmamba.evaluation.runner import BatchSize, group_by_pictures, out_of_memory_is_none
+from vlmamba.evaluation.task import ImageRef, Sample
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation that waits for its next answer.
+
+    Attributes:
+        messages: As for `VLMambaProcessor.apply_chat_template`, pictures as ``{"type": "image"}``.
+        images: The pictures, in their order.
+    """
+
+    messages: Messages
+    images: tuple[ImageRef, ...] = ()
+
+
+def user_message(text: str, images: Sequence[ImageRef]) -> Request:
+    """One question: its pictures, each followed by a newline, then the text, taken literally."""
+    content: list[dict[str, Any]] = []
+    for _ in images:
+        content += [{"type": "image"}, {"type": "text", "text": "\n"}]
+    return Request([{"role": "user", "content": [*content, {"type": "text", "text": text}]}], tuple(images))
+
+
+@dataclass
+class Answerer:
+    """A model that answers requests, the same in every batch.
+
+    Attributes:
+        model: In evaluation mode.
+        processor: Its own.
+        batch_size: Requests at a time.
+    """
+
+    model: Any
+    processor: Any
+    batch_size: BatchSize
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int | str = "auto",
+    ) -> Answerer:
+        """Load a run or an exported model directory."""
+        model, processor = load_for_evaluation(checkpoint, device, dtype)
+        size = int(batch_size) if str(batch_size).isdecimal() else str(batch_size)
+        return cls(model, processor, BatchSize(size, model.device.type))
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        until: Sequence[str] = (),
+        sampling: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Answers in the order of the requests.
+
+        Args:
+            requests: What to answer.
+            max_new_tokens: Longest answer.
+            until: An answer ends before the first of these.
+            sampling: Options of transformers' `generate` (do_sample, temperature, top_p, num_beams); greedy
+                when left out.
+        """
+        questions = [
+            encode_question(self.processor, self._sample(at, r), r.messages) for at, r in enumerate(requests)
+        ]
+
+        def answer(batch: Sequence[Question]) -> list[str]:
+            if sampling:
+                replies = sample_answers(
+                    self.model, self.processor, batch, max_new_tokens=max_new_tokens, **sampling
+                )
+            else:
+                replies = generate_answers(self.model, self.processor, batch, max_new_tokens=max_new_tokens)
+            return [_until(reply.text, until) for reply in replies]
+
+        return self._in_batches(questions, answer)
+
+    def score(self, requests: Sequence[Request], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
+        """How likely each of its options is as the answer to a request."""
+        questions = [
+            encode_options(self.processor, self._sample(at, r), r.messages, choices)
+            for at, (r, choices) in enumerate(zip(requests, options, strict=True))
+        ]
+        return self._in_batches(questions, lambda batch: score_options(self.model, self.processor, batch))
+
+    def _sample(self, at: int, request: Request) -> Sample:
+        return Sample(at, request.images, "")
+
+    def _in_batches(
+        self, questions: Sequence[Question], answer: Callable[[Sequence[Question]], list[Any]]
+    ) -> list[Any]:
+        """The answers in order, computed with questions about the same pictures together."""
+        by_id = {question.sample.question_id: question for question in questions}
+        order = [
+            by_id[sample.question_id]
+            for group in group_by_pictures([question.sample for question in questions])
+            for sample in group
+        ]
+        answers: dict[Any, Any] = {}
+        with self.lock:
+            while order:
+                batch = order[: self.batch_size.now]
+                given = out_of_memory_is_none(functools.partial(answer, batch), self.model.device.type)
+                if given is None:
+                    self.batch_size.shrink(len(batch))
+                    continue
+                answers |= {q.sample.question_id: a for q, a in zip(batch, given, strict=True)}
+                order = order[len(batch) :]
+        return [answers[at] for at in range(len(questions))]
+
+
+def _until(text: str, until: Sequence[str]) -> str:
+    """The text before the first of some strings."""
+    ends = [at for stop in until if stop and (at := text.find(stop)) >= 0]
+    return text[: min(ends)].strip() if ends else text
