@@ -74,14 +74,14 @@ def launches(count: int, environ: Mapping[str, str] | None = None) -> list[Launc
     ]
 
 
-def spawn(words: Sequence[str], count: int) -> int:
-    """Run ``vlmamba train WORDS`` in several processes until all have ended.
+def spawn(words: Sequence[str], count: int, *, verb: str = "train") -> int:
+    """Run ``vlmamba VERB WORDS`` in several processes until all have ended.
 
     Returns:
         0; or the exit code of the first process that failed, after which the others are ended; or
         `EXIT_STOPPED`.
     """
-    command = [sys.executable, "-m", "vlmamba", "train", *words]
+    command = [sys.executable, "-m", "vlmamba", verb, *words]
     children: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
