@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vlmamba.errors import ConfigError, DataError, MissingFileError
-from vlmamba.evaluation.cli import evaluate_checkpoint, pick_conversations, score_predictions
+from vlmamba.evaluation.cli import evaluate_checkpoint, score_predictions
+from vlmamba.evaluation.conversations import pick_conversations
 from vlmamba.evaluation.report import write_report
 from vlmamba.evaluation.tables import format_results
 from vlmamba.evaluation.task import load_task

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from vlmamba.cli import evaluate
 from vlmamba.errors import DataError
 from vlmamba.evaluation.records import lock_answers, part_path, part_paths, read_records, record_key
 from vlmamba.testing import tiny_model
 from vlmamba.testing.processes import run_ranks, start_ranks, wait_for
+from vlmamba.training.parallel import spawn
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 TASK = str(Path(__file__).parents[2] / "eval/playground.py")
@@ -68,6 +70,20 @@ def test_the_command_line_under_a_launcher(heldout, tmp_path):
     assert "asked 10, answered 10, missing 0" in ends[0].output
     assert f"data {result['settings']['data']}" in ends[0].output
     assert "asked" not in ends[1].output
+
+
+def test_the_command_starts_processes_itself(monkeypatch):
+    started = []
+    monkeypatch.setattr(spawn, "spawn", lambda words, count, verb: started.append((words, count, verb)) or 0)
+    words = ["run", "--tasks", "pope", "--nproc", "3", "--limit", "5"]
+    assert evaluate.run(words) == 0
+    assert evaluate.run(["run", "--tasks", "pope", "--nproc=2"]) == 0
+    assert started == [
+        (["run", "--tasks", "pope", "--limit", "5"], 3, "eval"),
+        (["run", "--tasks", "pope"], 2, "eval"),
+    ]
+    with pytest.raises(SystemExit):
+        evaluate.run(["run", "--tasks", "pope", "--nproc", "0"])
 
 
 def test_an_error_of_the_first_process_ends_all(heldout, tmp_path):

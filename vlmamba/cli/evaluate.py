@@ -20,7 +20,12 @@ def _measure(words: Sequence[str]) -> int:
     from vlmamba.evaluation.ranks import connect
     from vlmamba.evaluation.tables import format_results
     from vlmamba.training.parallel.launch import read_launch
+    from vlmamba.training.parallel.spawn import is_launched, processes_here, spawn
 
+    if not is_launched():
+        count = processes_here() if arguments.nproc == "auto" else int(arguments.nproc)
+        if count > 1:
+            return spawn(without_option(words, "--nproc"), count, verb="eval")
     launch = read_launch()
     ranks = connect(launch)
     device = arguments.device
@@ -84,9 +89,31 @@ def _measure_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="an option of the tasks' functions, such as annotations=FILE or split=dev_seen; may be repeated",
     )
+    add(
+        "--nproc",
+        type=_processes,
+        metavar="N",
+        default="1",
+        help="processes on this host that share the questions, or auto: one a GPU (default: 1; torchrun works too)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16")
     return parser
+
+
+def without_option(words: Sequence[str], name: str) -> list[str]:
+    """The words without an option and its value."""
+    kept: list[str] = []
+    for at, word in enumerate(words):
+        if word != name and not word.startswith(f"{name}=") and (at == 0 or words[at - 1] != name):
+            kept.append(word)
+    return kept
+
+
+def _processes(text: str) -> str:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"a number of processes or auto, got {text!r}")
+    return text
 
 
 def _batch_size(text: str) -> int | str:
