@@ -52,6 +52,11 @@ class TestProcesses:
 
     @pytest.mark.slow
     @pytest.mark.timeout(7200)
+    def test_the_grid(self):
+        assert " passed" in _in_the_interpreter(str(Path(__file__)), "-m", "slow", "-k", "grid", timeout=7100)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(7200)
     @pytest.mark.parametrize("shared", ["test_scan_parity.py", "test_scan_laws.py", "test_conv.py"])
     def test_all_shared_tests(self, shared):
         names = "triton and not long_rows"  # 512 steps take the interpreter too long
@@ -89,6 +94,21 @@ class TestInterpreted:
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
         assert_near(run_with_gradients(inputs, torch.float32, backend="triton", **options), want, 2e-6)
         assert [cut.splits for cut in seen] == [3, 3]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("length", [1, 3, 33, 64])
+    @pytest.mark.parametrize(
+        ("groups", "reverse"), [(1, False), (1, True), (2, (False, True)), (4, (True, False, False, True))]
+    )
+    @pytest.mark.parametrize("state", ["last", "at"])
+    def test_grid(self, scan_inputs, run_with_gradients, assert_near, length, groups, reverse, state):
+        inputs = scan_inputs(batch=1, length=length, groups=groups, channels=4 * groups)
+        options = {"reverse": reverse, "seq_idx": (torch.rand(1, length) < 0.1).cumsum(1).int()}
+        options |= {"return_last_state": True} if state == "last" else {}
+        if state == "at":
+            options["state_at"] = torch.randint(0, length, (1, 3))
+        want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
+        assert_near(run_with_gradients(inputs, torch.float32, backend="triton", **options), want, 2e-6)
 
     def test_asked_states(self, scan_inputs, run_with_gradients, assert_near):
         inputs = scan_inputs(batch=1, length=18, channels=5, size=3, dt_bias=False, D=False, z=False)

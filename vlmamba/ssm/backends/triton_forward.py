@@ -19,13 +19,17 @@ import triton.language as tl
 from vlmamba.ssm.backends.triton_tiles import (
     load,
     load_decay,
+    load_start,
+    load_tile,
+    matrix_rows_of,
     offsets,
     place,
     position,
     resets,
+    rows_of,
     sigmoid,
     store,
-    time_steps,
+    take,
     walk,
 )
 
@@ -45,21 +49,17 @@ def scan_forward(x, strides, cut, one, start, start_strides, y, saved, last,
     real = n < cut.size
     kept = real[:, None] & inside[None, :]
     A2 = load_decay(x.A, strides.A, origin, columns, n, kept)
-    u = x.u + batch * strides.u[0] + origin * strides.u[2]
-    dt = x.dt + batch * strides.dt[0] + origin * strides.dt[2]
-    B = x.B + batch * strides.B[0] + group * strides.B[2]
-    C = x.C + batch * strides.C[0] + group * strides.C[2]
+    u = rows_of(x.u, strides.u, batch, origin, columns, backwards, STEPS)
+    dt = rows_of(x.dt, strides.dt, batch, origin, columns, backwards, STEPS)
+    B = matrix_rows_of(x.B, strides.B, batch, group, n, backwards, STEPS)
+    C = matrix_rows_of(x.C, strides.C, batch, group, n, backwards, STEPS)
     y += batch * cut.length * total + origin
-    at_u = offsets(columns, strides.u[1], strides.u[2], backwards, STEPS)
-    at_dt = offsets(columns, strides.dt[1], strides.dt[2], backwards, STEPS)
-    at_B = offsets(n, strides.B[1], strides.B[3], backwards, STEPS)
-    at_C = offsets(n, strides.C[1], strides.C[3], backwards, STEPS)
     at_y = offsets(columns, total, 1, backwards, STEPS)
     if x.z is not None:
-        z = x.z + batch * strides.z[0] + origin * strides.z[2]
-        at_z = offsets(columns, strides.z[1], strides.z[2], backwards, STEPS)
+        z = rows_of(x.z, strides.z, batch, origin, columns, backwards, STEPS)
     if x.D is not None:
         skip = load(x.D + origin + columns, inside)
+    bias = None
     if x.bias is not None:
         bias = load(x.bias + origin + columns, inside)
     ids = x.ids
@@ -68,8 +68,7 @@ def scan_forward(x, strides, cut, one, start, start_strides, y, saved, last,
     at_state = n[:, None] * total + columns[None, :]
     h = tl.zeros((N, BLOCK), tl.float32)
     if start is not None:
-        start += batch * start_strides[0] + split * start_strides[1] + origin * start_strides[3]
-        h = load(start + n[:, None] * start_strides[2] + columns[None, :] * start_strides[3], kept)
+        h = load_start(start, start_strides, batch, split, origin, columns, n, kept)
     blocks = (cut.length + KEEP - 1) // KEEP
     end = min(cut.length, (split + 1) * cut.split_length)
     for first in range(split * cut.split_length, end, STEPS):
@@ -78,17 +77,10 @@ def scan_forward(x, strides, cut, one, start, start_strides, y, saved, last,
                 store(
                     saved + (batch * blocks + first // KEEP) * cut.size * total + origin + at_state, h, kept
                 )
-        at = position(first, cut.length, backwards)
-        live = first + tl.arange(0, STEPS) < cut.length
-        mask = live[:, None] & inside[None, :]
-        rows = live[:, None] & real[None, :]
-        value = load(u + at * strides.u[1] + at_u, mask)
-        raw = load(dt + at * strides.dt[1] + at_dt, mask)
-        b = load(B + at * strides.B[1] + at_B, rows)
-        c = load(C + at * strides.C[1] + at_C, rows)
-        if x.bias is not None:
-            raw += bias[None, :]
-        delta = time_steps(raw, live, SOFTPLUS)
+        at, _live, mask, rows, value, _raw, delta, b = load_tile(
+            u, dt, B, bias, first, cut.length, cut, backwards, inside, real, SOFTPLUS, STEPS
+        )
+        c = take(C, at, rows)
         h, _before, after, _decay = walk(
             h, delta, delta * value, b, A2, ids, first, cut.length, cut, backwards, N, STEPS, BLOCK
         )
@@ -96,7 +88,7 @@ def scan_forward(x, strides, cut, one, start, start_strides, y, saved, last,
         if x.D is not None:
             out += skip[None, :] * value
         if x.z is not None:
-            gate = load(z + at * strides.z[1] + at_z, mask)
+            gate = take(z, at, mask)
             out *= gate * sigmoid(gate)
         store(y + at * total + at_y, out, mask)
     if last is not None:
@@ -120,12 +112,10 @@ def local_states(x, strides, cut, one, ends, sums,
     real = n < cut.size
     kept = real[:, None] & inside[None, :]
     A2 = load_decay(x.A, strides.A, origin, columns, n, kept)
-    u = x.u + batch * strides.u[0] + origin * strides.u[2]
-    dt = x.dt + batch * strides.dt[0] + origin * strides.dt[2]
-    B = x.B + batch * strides.B[0] + group * strides.B[2]
-    at_u = offsets(columns, strides.u[1], strides.u[2], backwards, STEPS)
-    at_dt = offsets(columns, strides.dt[1], strides.dt[2], backwards, STEPS)
-    at_B = offsets(n, strides.B[1], strides.B[3], backwards, STEPS)
+    u = rows_of(x.u, strides.u, batch, origin, columns, backwards, STEPS)
+    dt = rows_of(x.dt, strides.dt, batch, origin, columns, backwards, STEPS)
+    B = matrix_rows_of(x.B, strides.B, batch, group, n, backwards, STEPS)
+    bias = None
     if x.bias is not None:
         bias = load(x.bias + origin + columns, inside)
     ids = x.ids
@@ -135,15 +125,9 @@ def local_states(x, strides, cut, one, ends, sums,
     elapsed = tl.zeros((BLOCK,), tl.float32)
     end = min(cut.length, (split + 1) * cut.split_length)
     for first in range(split * cut.split_length, end, STEPS):
-        at = position(first, cut.length, backwards)
-        live = first + tl.arange(0, STEPS) < cut.length
-        mask = live[:, None] & inside[None, :]
-        value = load(u + at * strides.u[1] + at_u, mask)
-        raw = load(dt + at * strides.dt[1] + at_dt, mask)
-        b = load(B + at * strides.B[1] + at_B, live[:, None] & real[None, :])
-        if x.bias is not None:
-            raw += bias[None, :]
-        delta = time_steps(raw, live, SOFTPLUS)
+        _at, _live, _mask, _rows, value, _raw, delta, b = load_tile(
+            u, dt, B, bias, first, cut.length, cut, backwards, inside, real, SOFTPLUS, STEPS
+        )
         h, _before, _after, _decay = walk(
             h, delta, delta * value, b, A2, ids, first, cut.length, cut, backwards, N, STEPS, BLOCK
         )
@@ -204,14 +188,13 @@ def states_at(x, strides, cut, one, saved, places, states, count,
     backwards = (cut.reverse >> group) & 1
     total = cut.groups * cut.width
     n = tl.arange(0, N)
-    kept = (n < cut.size)[:, None] & inside[None, :]
+    real = n < cut.size
+    kept = real[:, None] & inside[None, :]
     A2 = load_decay(x.A, strides.A, origin, columns, n, kept)
-    u = x.u + batch * strides.u[0] + origin * strides.u[2]
-    dt = x.dt + batch * strides.dt[0] + origin * strides.dt[2]
-    B = x.B + batch * strides.B[0] + group * strides.B[2]
-    at_u = offsets(columns, strides.u[1], strides.u[2], backwards, STEPS)
-    at_dt = offsets(columns, strides.dt[1], strides.dt[2], backwards, STEPS)
-    at_B = offsets(n, strides.B[1], strides.B[3], backwards, STEPS)
+    u = rows_of(x.u, strides.u, batch, origin, columns, backwards, STEPS)
+    dt = rows_of(x.dt, strides.dt, batch, origin, columns, backwards, STEPS)
+    B = matrix_rows_of(x.B, strides.B, batch, group, n, backwards, STEPS)
+    bias = None
     if x.bias is not None:
         bias = load(x.bias + origin + columns, inside)
     ids = x.ids
@@ -223,15 +206,9 @@ def states_at(x, strides, cut, one, saved, places, states, count,
     at_state = origin + n[:, None] * total + columns[None, :]
     h = load(saved + (batch * blocks + block) * cut.size * total + at_state, kept)
     for first in range(block * KEEP, limit, STEPS):
-        at = position(first, cut.length, backwards)
-        live = first + tl.arange(0, STEPS) < limit
-        mask = live[:, None] & inside[None, :]
-        value = load(u + at * strides.u[1] + at_u, mask)
-        raw = load(dt + at * strides.dt[1] + at_dt, mask)
-        b = load(B + at * strides.B[1] + at_B, live[:, None] & (n < cut.size)[None, :])
-        if x.bias is not None:
-            raw += bias[None, :]
-        delta = time_steps(raw, live, SOFTPLUS)
+        _at, _live, _mask, _rows, value, _raw, delta, b = load_tile(
+            u, dt, B, bias, first, limit, cut, backwards, inside, real, SOFTPLUS, STEPS
+        )
         h, _before, _after, _decay = walk(
             h, delta, delta * value, b, A2, ids, first, limit, cut, backwards, N, STEPS, BLOCK
         )

@@ -111,11 +111,57 @@ def store(pointers, values, mask):
 
 
 @triton.jit
+def rows_of(pointer, strides, batch, origin, columns, backwards, STEPS: tl.constexpr):
+    """This program's part of a (B, L, D) tensor, for `take`."""
+    begin = pointer + batch * strides[0] + origin * strides[2]
+    return begin, offsets(columns, strides[1], strides[2], backwards, STEPS), strides[1]
+
+
+@triton.jit
+def matrix_rows_of(pointer, strides, batch, group, n, backwards, STEPS: tl.constexpr):
+    """This program's part of a (B, L, G, N) tensor, for `take`."""
+    begin = pointer + batch * strides[0] + group * strides[2]
+    return begin, offsets(n, strides[1], strides[3], backwards, STEPS), strides[1]
+
+
+@triton.jit
+def take(rows, at, mask):
+    """The tile (T, C) or (T, N) at a position."""
+    return load(rows[0] + at * rows[2] + rows[1], mask)
+
+
+@triton.jit
+def load_tile(
+    u, dt, B, bias, first, limit, cut, backwards, inside, real, SOFTPLUS: tl.constexpr, STEPS: tl.constexpr
+):
+    """What the recurrence needs of the tile at scan step `first`; nothing exists from `limit` on.
+
+    Returns its position, which of its steps exist (T), the masks (T, C) and (T, N), u, dt + bias and delta
+    (T, C), and B (T, N).
+    """
+    at = position(first, cut.length, backwards)
+    live = first + tl.arange(0, STEPS) < limit
+    mask = live[:, None] & inside[None, :]
+    rows = live[:, None] & real[None, :]
+    raw = take(dt, at, mask)
+    if bias is not None:
+        raw += bias[None, :]
+    return at, live, mask, rows, take(u, at, mask), raw, time_steps(raw, live, SOFTPLUS), take(B, at, rows)
+
+
+@triton.jit
 def load_decay(A, strides, first, columns, n, kept):
     """A / ln 2 as (N, C), so that decays are powers of two."""
     return (
         load(A + first * strides[0] + columns[None, :] * strides[0] + n[:, None] * strides[1], kept) * LOG2E
     )
+
+
+@triton.jit
+def load_start(start, strides, batch, split, origin, columns, n, kept):
+    """What a split starts from, (N, C), out of a tensor with the strides of (B, S, N, D)."""
+    begin = start + batch * strides[0] + split * strides[1] + origin * strides[3]
+    return load(begin + n[:, None] * strides[2] + columns[None, :] * strides[3], kept)
 
 
 @triton.jit
