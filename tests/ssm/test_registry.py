@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
 
 from vlmamba.errors import BackendError, ShapeError
 from vlmamba.registry import Registry
-from vlmamba.ssm import ScanSpec, explain, registry, selective_scan, selective_state_update, use_backend
+from vlmamba.ssm import (
+    ScanSpec,
+    causal_conv1d,
+    explain,
+    registry,
+    selective_scan,
+    selective_state_update,
+    use_backend,
+)
 from vlmamba.ssm.backends import cpu_build
 from vlmamba.ssm.registry import choose_backend, explanations
 from vlmamba.ssm.spec import Backend
@@ -144,7 +153,20 @@ def test_choice_is_logged_once(inputs, caplog, monkeypatch):
         ),
         ({"reverse": (True, False)}, "reverse has 2 entries for 1 groups of B and C"),
         ({"A": torch.zeros(8, 4, device="meta")}, "A is on meta, but the input is on cpu"),
-        ({"u": torch.zeros(2, 5, 8).int()}, "dtype"),
+        (
+            {"initial_state": torch.zeros(2, 8, 4, device="meta")},
+            "initial_state is on meta, but the input is on",
+        ),
+        (
+            {"B": torch.zeros(2, 5, 1, 4).bfloat16()},
+            r"B has dtype torch.bfloat16, but torch.float32 \(like u\) is needed",
+        ),
+        ({"u": torch.zeros(2, 5)}, r"u has shape \(2, 5\), but \(B, L, D\) = \(any, any, any\) is needed"),
+        (
+            {name: torch.zeros(2, 5, 8).int() for name in ("u", "dt", "z")}
+            | {name: torch.zeros(2, 5, 4).int() for name in ("B", "C")},
+            "u has dtype torch.int32, but a floating-point dtype is needed",
+        ),
     ],
 )
 def test_misfits_carry_both_values(inputs, change, text):
@@ -152,15 +174,51 @@ def test_misfits_carry_both_values(inputs, change, text):
         selective_scan(**(inputs | change))
 
 
-def test_step_misfits_carry_both_values():
-    with pytest.raises(ShapeError, match=r"state has shape \(2, 8, 3\), but \(B, D, N\) = \(2, 8, 4\)"):
-        selective_state_update(
-            torch.zeros(2, 8, 3),
-            torch.zeros(2, 8),
-            torch.zeros(2, 8),
-            torch.zeros(8, 4),
-            *torch.zeros(2, 2, 4),
-        )
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"state": torch.zeros(2, 8, 3)}, r"state has shape \(2, 8, 3\), but \(B, D, N\) = \(2, 8, 4\)"),
+        ({"dt": torch.zeros(2, 7)}, r"dt has shape \(2, 7\), but \(B, D\) like u = \(2, 8\)"),
+        ({"C": torch.zeros(2, 3)}, r"C has shape \(2, 1, 3\), but \(B, G, N\) or \(B, N\) = \(2, any, 4\)"),
+        ({"B": torch.zeros(2, 3, 4)}, "B has 3 groups, which do not divide the 8 channels of u evenly"),
+        ({"z": torch.zeros(2, 8).half()}, r"z has dtype torch.float16, but torch.float32 \(like u\)"),
+        ({"A": torch.zeros(8, 4, device="meta")}, "A is on meta, but the input is on cpu"),
+    ],
+)
+def test_step_misfits_carry_both_values(change, text):
+    u, matrix = torch.zeros(2, 8), torch.zeros(2, 4)
+    arguments = {
+        "state": torch.zeros(2, 8, 4),
+        "u": u,
+        "dt": u,
+        "A": torch.zeros(8, 4),
+        "B": matrix,
+        "C": matrix,
+    }
+    with pytest.raises(ShapeError, match=text):
+        selective_state_update(**(arguments | change))
+
+
+def test_every_operation_refuses_a_backend_that_cannot_serve(monkeypatch):
+    monkeypatch.setattr(cpu_build, "_loaded", ["no compiler"])
+    u = torch.zeros(1, 3, 4)
+    calls = {
+        "scan": lambda **named: selective_scan(u, u, torch.zeros(4, 2), u[..., :2], u[..., :2], **named),
+        "conv": lambda **named: causal_conv1d(u, torch.zeros(4, 2), **named),
+        "step": lambda **named: selective_state_update(
+            *(torch.zeros(1, 4, 2), u[:, 0], u[:, 0], torch.zeros(4, 2), u[:, 0, :2], u[:, 0, :2]), **named
+        ),
+    }
+    for op, call in calls.items():
+        with pytest.raises(ValueError, match="unknown state-space backend 'gpu'") as unknown:
+            call(backend="gpu")
+        assert "Known: cpu, " in str(unknown.value)
+        with pytest.raises(
+            ValueError, match=rf"backend 'cpu' .* cannot serve this call \({op} cpu"
+        ) as refused:
+            call(backend="cpu")
+        for line in (r"cpu +no compiler", r"\* torch +can serve", r"reference +can serve"):
+            assert re.search(line, str(refused.value))
 
 
 def test_a_backend_without_a_step_says_so(called):
