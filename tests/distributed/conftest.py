@@ -14,6 +14,14 @@ from vlmamba.testing.processes import Ended, run_ranks
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 ENVIRONMENT = {"VLMAMBA_PROGRESS": "0", "VLMAMBA_SSM_BACKEND": "torch"}
+ROOT = Path(__file__).parents[2]
+ZERO = {
+    f"zero{stage}": {
+        "parallel": f"zero{stage}",
+        "sharding.deepspeed": str(ROOT / "train" / "deepspeed" / f"zero{stage}.json"),
+    }
+    for stage in (2, 3)
+}
 Ranks = Callable[..., list[Ended]]
 
 
@@ -37,6 +45,14 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("VLMAMBA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def zero() -> dict[str, dict[str, Any]]:
+    """Settings of the DeepSpeed strategies; skips where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return ZERO
 
 
 @pytest.fixture

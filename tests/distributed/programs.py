@@ -51,6 +51,7 @@ def _train(
         fault: What happens, on which rank, at which step; see `FAULTS`.
     """
     pretend(hosts)
+    without_compilation(values)
     seen: dict[str, Any] = {"losses": [], "norms": [], "outcome": "broken off"}
     real_step, real_advance = loop.optimizer_step, loop.advance
     what, rank, at = fault or ("", -1, -1)
@@ -64,6 +65,9 @@ def _train(
 
     def advance(training: Any, *rest: Any) -> None:
         real_advance(training, *rest)
+        if what == "stall" and training.state.step == at:
+            training.alive.__self__.seconds = 3.0
+            training.alive()
         if here and training.state.step >= at and what in FAULTS:
             FAULTS[what](training)
         if training.state.step == stop_after:
@@ -118,6 +122,15 @@ FAULTS = {
 }
 
 
+def without_compilation(values: dict[str, Any]) -> None:
+    """Keep DeepSpeed on a CPU from compiling its shared-memory messages first; gloo does."""
+    if values["parallel"].startswith("zero"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def pretend(hosts: int) -> None:
     """Let the processes look as if they ran on so many hosts."""
     if "WORLD_SIZE" in os.environ:
@@ -136,19 +149,23 @@ def _gradients(values: dict[str, Any], hosts: int = 1) -> dict[str, Any]:
     from vlmamba.training.parts import trainable_parameters
 
     pretend(hosts)
+    without_compilation(values)
     found: dict[str, Any] = {}
     real = loop.optimizer_step
 
     def caught(training: Any, step: Any) -> tuple[float, float]:
         (supervised,) = training.parallel.sum_counts(step.num_supervised)
         loss = loop.accumulate_gradients(training, step, supervised).sum()
-        parameters = trainable_parameters(training.model)
-        found["norm"] = training.parallel.clip_grad_norm(parameters.values(), None)
-        for name, parameter in parameters.items():
-            grad = parameter.grad
-            if grad is not None:
-                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-                found[name.removeprefix("module.")] = whole.clone()
+        if hasattr(training.parallel, "engine"):
+            found.update(_engine_gradients(training.parallel.names))
+        else:
+            parameters = trainable_parameters(training.model)
+            found["norm"] = training.parallel.clip_grad_norm(parameters.values(), None)
+            for name, parameter in parameters.items():
+                grad = parameter.grad
+                if grad is not None:
+                    whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                    found[name.removeprefix("module.")] = whole.clone()
         found["loss"] = torch.tensor(training.parallel.sum_floats(float(loss)))
         found["images"] = ["pixel_values" in batch for batch in step.micro_batches]
         raise Enough
@@ -161,3 +178,11 @@ def _gradients(values: dict[str, Any], hosts: int = 1) -> dict[str, Any]:
     finally:
         loop.optimizer_step = real
     raise AssertionError("no step was taken")
+
+
+def _engine_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """DeepSpeed's gradients, whole, and their norm."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found = {name: safe_get_full_grad(p).clone() for name, p in parameters.items()}
+    return {**found, "norm": torch.stack([g.norm() for g in found.values()]).norm()}

@@ -160,13 +160,16 @@ def optimizer_step(run: Training, step: Step) -> tuple[float, float]:
         )
     set_learning_rate(run.optimizer, run.schedule.factor(run.state.step))
     losses = accumulate_gradients(run, step, supervised)
-    parameters = trainable_parameters(run.model).values()
-    grad_norm = run.parallel.clip_grad_norm(parameters, run.config.grad_clip).item()
     (loss,) = run.parallel.sum_floats(float(losses.sum()))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    grad_norm, taken = run.parallel.step(
+        run.optimizer,
+        trainable_parameters(run.model).values(),
+        run.config.grad_clip,
+        finite=math.isfinite(loss),
+    )
+    if not taken:
         leave_out(run, step, loss, grad_norm, losses)
         return math.nan, grad_norm
-    run.parallel.update(run.optimizer)
     run.nonfinite_in_a_row = 0
     return loss, grad_norm
 
@@ -178,7 +181,6 @@ def leave_out(run: Training, step: Step, loss: float, grad_norm: float, losses: 
         TrainingError: There were more than `max_nonfinite_steps` in a row.
     """
     number, allowed = run.state.step + 1, run.config.max_nonfinite_steps
-    run.parallel.discard(run.optimizer)
     run.state.nonfinite += 1
     run.nonfinite_in_a_row += 1
     shares = zip(step.micro_batches, losses.tolist(), strict=True)

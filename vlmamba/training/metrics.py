@@ -17,71 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlmamba.data import EVENTS
 from vlmamba.errors import CheckpointError, MissingDependencyError, require
 from vlmamba.registry import Registry
+from vlmamba.training.flops import FlopCount
 from vlmamba.training.parallel import Parallel
 from vlmamba.training.run_dir import write_failure, write_text
 
 logger = logging.getLogger(__name__)
-
-# Dense bf16 tensor-core peaks from NVIDIA's data sheets, FLOP/s. Matched against the start of the device's
-# name, the longest first.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L40S": 362e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of the device in bf16, or None where it is not known (a CPU, another GPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    known = sorted((k for k in PEAK_FLOPS if name.startswith(k)), key=len)
-    return PEAK_FLOPS[known[-1]] if known else None
-
-
-@dataclass(frozen=True)
-class FlopCount:
-    """FLOPs of training, estimated from parameter counts: 2 per weight and token forward, 2 more for the
-    gradient of the input, 2 more for that of the weight. Scans and attention scores are not counted,
-    recomputation neither.
-    """
-
-    per_token: float
-    """For each token of the language model."""
-    per_image: float
-    """For each image, in encoder and connector."""
-
-    @classmethod
-    def of(cls, model: nn.Module, *, patches: int) -> FlopCount:
-        """Count a model with the parts vision_tower, multi_modal_projector and language_model.
-
-        Args:
-            model: With trainable parts set.
-            patches: Patches of an image, which encoder and connector see.
-        """
-        per_token = per_image = 0.0
-        upstream_trains = False
-        for part in ("vision_tower", "multi_modal_projector", "language_model"):
-            module: nn.Module = getattr(model, part)
-            weights = [p for p in module.parameters() if p.ndim > 1]
-            total = sum(p.numel() for p in weights)
-            trained = sum(p.numel() for p in weights if p.requires_grad)
-            upstream_trains = upstream_trains or trained > 0
-            flops = 2.0 * total + 2.0 * trained + (2.0 * total if upstream_trains else 0.0)
-            if part == "language_model":
-                per_token = flops
-            else:
-                per_image += flops * patches
-        return cls(per_token=per_token, per_image=per_image)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -136,12 +80,12 @@ class Window:
         events = parallel.sum_counts(*(self.events[name] for name in EVENTS))
         mfu = None
         if self.flops is not None and self.peak is not None:
-            done = self.flops.per_token * tokens + self.flops.per_image * images
+            done = self.flops.total(tokens=tokens, supervised=supervised, images=images)
             mfu = round(done / seconds / parallel.world_size / self.peak, 4)
         return {
             "step": values.pop("step"),
             "epoch": values.pop("epoch"),
-            "loss": loss_sum / max(supervised, 1),
+            "loss": loss_sum / supervised if supervised else None,  # no step of the window was taken
             **values,
             "samples_per_s": round(samples / seconds, 3),
             "tokens_per_s_per_device": round(tokens / seconds / parallel.world_size, 1),

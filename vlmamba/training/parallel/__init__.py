@@ -47,10 +47,24 @@ def _fsdp2(device: torch.device, launch: Launch, config: TrainConfig) -> Paralle
     return FSDP2(device, launch, config)
 
 
+def _zero2(device: torch.device, launch: Launch, config: TrainConfig) -> Parallel:
+    from vlmamba.training.parallel.zero import ZeRO
+
+    return ZeRO(device, launch, config, stage=2)
+
+
+def _zero3(device: torch.device, launch: Launch, config: TrainConfig) -> Parallel:
+    from vlmamba.training.parallel.zero import ZeRO
+
+    return ZeRO(device, launch, config, stage=3)
+
+
 STRATEGIES: Registry[Strategy] = Registry("parallel strategy")
 STRATEGIES.add("single", _single)
 STRATEGIES.add("ddp", _ddp)
 STRATEGIES.add("fsdp2", _fsdp2)
+STRATEGIES.add("zero2", _zero2)
+STRATEGIES.add("zero3", _zero3)
 
 
 def make_parallel(strategy: str, device: str, config: TrainConfig | None = None) -> Parallel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -91,14 +92,25 @@ class Parallel(ABC):
         """Add the gradients of a micro-step's share of the loss."""
         (loss * self.loss_scale).backward()
 
-    def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer step and forget the gradients."""
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+        max_norm: float | None,
+        *,
+        finite: bool,
+    ) -> tuple[float, bool]:
+        """Clip, take the optimizer step unless loss (`finite`) or gradient is not finite, and forget the gradients.
 
-    def discard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget the gradients of a step that is not taken."""
+        Returns:
+            The gradient norm before clipping, and whether the step was taken.
+        """
+        norm = float(self.clip_grad_norm(parameters, max_norm).item())
+        taken = finite and math.isfinite(norm)
+        if taken:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return norm, taken
 
     @abstractmethod
     def sum_counts(self, *counts: int) -> tuple[int, ...]:

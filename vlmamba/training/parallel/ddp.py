@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
@@ -23,11 +24,14 @@ class DDP(GroupParallel):
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model inside DDP; all processes begin with rank 0's weights."""
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        # Buffers need no message in every forward pass; the flag got another name in torch 2.13.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{buffers: False},
             find_unused_parameters=not all(name.startswith(ALWAYS_USED) for name in trained),
         )
 
