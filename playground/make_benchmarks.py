@@ -201,12 +201,12 @@ def _gqa(target: Path, scenes: Sequence[Scene], pictures: Sequence[Path], rng: G
 
 
 def _objects(scene: Scene) -> list[str]:
-    """What POPE may ask for: digits by value, and by colour."""
-    return sorted({str(d.value) for d in scene.digits} | {f"{d.colour} digit" for d in scene.digits})
+    """What POPE may ask for, as its questions name it: digits by value, and by colour."""
+    return sorted({an(str(d.value)) for d in scene.digits} | {f"a digit in {d.colour}" for d in scene.digits})
 
 
 def _pope(target: Path, scenes: Sequence[Scene], pictures: Sequence[Path], rng: Generator) -> int:
-    everything = [str(v) for v in range(10)] + [f"{colour} digit" for colour in COLOURS]
+    everything = [an(str(v)) for v in range(10)] + [f"a digit in {colour}" for colour in COLOURS]
     present = [_objects(scene) for scene in scenes]
     frequent = Counter(name for names in present for name in names)
     together = Counter((a, b) for names in present for a in names for b in names if a != b)
@@ -227,8 +227,8 @@ def _pope(target: Path, scenes: Sequence[Scene], pictures: Sequence[Path], rng: 
         for split, rows in splits.items():
             for yes, no in zip(shown, by_split[split], strict=False):
                 for name, label in ((yes, "yes"), (no, "no")):
-                    text = f"Is there {an(name)} in the image?"
-                    rows.append({"question_id": len(rows) + 1, "image": file, "text": text, "label": label})
+                    row = {"question_id": len(rows) + 1, "image": file, "text": f"Is there {name}?"}
+                    rows.append({**row, "label": label})
     for split, rows in splits.items():
         path = target / f"pope/coco/coco_pope_{split}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
