@@ -29,6 +29,7 @@ BACKENDS.add("torch", "vlmamba.ssm.backends.torch_chunked:BACKEND")
 BACKENDS.add("cpu", "vlmamba.ssm.backends.cpu:BACKEND")
 BACKENDS.add("mamba_ssm", "vlmamba.ssm.backends.mamba_ssm:BACKEND")
 BACKENDS.add("triton", "vlmamba.ssm.backends.triton:BACKEND")
+BACKENDS.add("shapes", "vlmamba.ssm.backends.shapes:BACKEND")
 
 _forced: list[str | None] = []
 _logged: set[tuple[object, ...]] = set()

@@ -19,6 +19,11 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def keeps_fp32(name: str) -> bool:
+    """Whether a parameter is held in fp32 though it is frozen, or cut; also inside an adapted layer."""
+    return name.replace(".base_layer.", ".").endswith(KEEP_FP32)
+
+
 def set_precision(model: nn.Module, precision: str) -> None:
     """Hold what trains in fp32 (the master weights) and, under bf16, what is frozen in bf16.
 
@@ -26,7 +31,7 @@ def set_precision(model: nn.Module, precision: str) -> None:
     """
     frozen_dtype = compute_dtype(precision)
     for name, parameter in model.named_parameters():
-        fp32 = parameter.requires_grad or name.endswith(KEEP_FP32)
+        fp32 = parameter.requires_grad or keeps_fp32(name)
         parameter.data = parameter.data.to(torch.float32 if fp32 else frozen_dtype)
 
 

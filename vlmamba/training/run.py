@@ -24,9 +24,10 @@ from vlmamba.training.data import build_data, open_sources, total_steps
 from vlmamba.training.export import EXPORT, export_model
 from vlmamba.training.faults import Watch, stop_signals
 from vlmamba.training.files import check_files
+from vlmamba.training.flops import FlopCount, peak_flops
 from vlmamba.training.init_from import init_from
 from vlmamba.training.loop import Outcome, Training, train_loop
-from vlmamba.training.metrics import FlopCount, MetricLogger, Window, open_loggers, peak_flops
+from vlmamba.training.metrics import MetricLogger, Window, open_loggers
 from vlmamba.training.optim import build_optimizer
 from vlmamba.training.parallel import Parallel, make_parallel
 from vlmamba.training.parts import format_parts, parts_table, set_modes, set_trainable
@@ -109,7 +110,8 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         count,
         config.batch.global_batch_size,
     )
-    flops = FlopCount.of(model, patches=model.vision_tower.num_tokens)
+    peak = peak_flops(parallel.device)
+    flops = None if peak is None else FlopCount.of(model)
     compile_parts(model, config.compile)
     wrapped = parallel.wrap(model)
     optimizer = parallel.build_optimizer(model, lambda m: build_optimizer(m, config.optim))
@@ -149,7 +151,7 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
             schedule=schedule,
             loader=loader,
             state=state,
-            window=Window(flops=flops, peak=peak_flops(parallel.device)),
+            window=Window(flops=flops, peak=peak),
             save=saver.save,
             loggers=loggers,
             should_stop=stop.is_set,

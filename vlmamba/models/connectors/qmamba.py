@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmamba.errors import CheckpointError, ConfigError
 from vlmamba.models.connectors.base import Connector, RMSNorm
@@ -30,8 +31,8 @@ def local_windows(num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
     Returns:
         Key indices (Q, W), rows padded with the last key of the window, and which of them count (Q, W) bool.
     """
-    # Kept from call to call, so never a tensor of inference mode, which training could not use.
-    with torch.inference_mode(False):
+    # Kept from call to call, so never a tensor of inference mode, nor one without values (`training.tracing`).
+    with torch.inference_mode(False), _disable_current_modes():
         q = torch.arange(num_queries, device="cpu")
         first = q * num_keys // num_queries
         end = -(-(q + 1) * num_keys // num_queries)

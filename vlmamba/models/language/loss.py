@@ -83,16 +83,18 @@ def next_token_loss(
     positions = supervised_positions(labels, attention_mask=attention_mask, seq_idx=seq_idx)
     rows = hidden[positions]
     targets = labels[:, 1:][positions[:, :-1]]
-    if rows.shape[0] <= chunk_rows:
-        total = _summed(rows, targets, head)
-    else:
-        total = torch.stack(
-            [
-                _checkpointed(part, wanted, head)
-                for part, wanted in zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
-            ]
-        ).sum()
+    total = summed_loss(rows, targets, head, chunk_rows=chunk_rows)
     return total / (max(rows.shape[0], 1) if num_items is None else num_items)
+
+
+def summed_loss(
+    rows: torch.Tensor, targets: torch.Tensor, head: nn.Module, *, chunk_rows: int = 4096
+) -> torch.Tensor:
+    """Sum of the cross entropies of (n, D) hidden states; see `next_token_loss`."""
+    if rows.shape[0] <= chunk_rows:
+        return _summed(rows, targets, head)
+    parts = zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
+    return torch.stack([_checkpointed(part, wanted, head) for part, wanted in parts]).sum()
 
 
 def loss_from_logits(

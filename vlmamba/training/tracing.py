@@ -1,0 +1,292 @@
+"""One micro-step of training without values: every operation runs on shapes, and memory and FLOPs are counted.
+
+The model is copied into torch's FakeTensorMode, where its own code runs forward and backward (autocast and activation
+checkpointing included) and nothing is computed. Each storage is followed from its first use to its release, so the
+peak is that of the code as it stands, not of a formula. Kernels' own workspace is not seen.
+
+Blocks of a language model are alike, so a few of them are run and the rest is extrapolated, phase by phase: every phase
+grows by the same amount with each further block. Where blocks differ (LoRA or training on some), all are run.
+
+Shapes: B rows, L length, n images, C channels, S image size, D width, X vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlmamba.models.language import run_language_model
+from vlmamba.models.language.loss import summed_loss
+from vlmamba.ssm.registry import use_backend
+from vlmamba.training.flops import counting
+from vlmamba.training.precision import autocast, keeps_fp32
+
+FORWARD = ("images", "language", "loss")
+BACKWARD = ("loss backward", "language backward", "images backward")
+PHASES = (*FORWARD, *BACKWARD)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one forward pass of one process is given.
+
+    Attributes:
+        rows: B.
+        length: L, visual tokens included.
+        images: n.
+        supervised: Positions with a label, over all rows.
+        packed: Whether a row holds several samples (segment ids) rather than one with padding (a mask).
+    """
+
+    rows: int
+    length: int
+    images: int
+    supervised: int
+    packed: bool = False
+
+
+@dataclass
+class StepTrace:
+    """What a micro-step took, in bytes and FLOPs.
+
+    Attributes:
+        peaks: Most memory held in each phase besides parameters and gradients.
+        peaks_with_grads: The same with the gradients made so far.
+        activations: Held between forward and backward, without the loss's own.
+        flops: Of each phase; recomputation counts where it happens.
+    """
+
+    peaks: dict[str, float] = field(default_factory=dict)
+    peaks_with_grads: dict[str, float] = field(default_factory=dict)
+    activations: float = 0.0
+    flops: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Most memory besides parameters and gradients."""
+        return max(self.peaks.values())
+
+    @property
+    def peak_with_grads(self) -> float:
+        """Most memory besides parameters where gradients are made in this micro-step."""
+        return max(self.peaks_with_grads.values())
+
+    @property
+    def loss_memory(self) -> float:
+        """Logits, their gradient and copies."""
+        return max(self.peaks["loss"], self.peaks["loss backward"]) - self.activations
+
+    def along(self, other: StepTrace, steps: float) -> StepTrace:
+        """This trace moved by so many times the difference from it to another one."""
+
+        def move(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+            return {key: a[key] + steps * (b[key] - a[key]) for key in a}
+
+        return StepTrace(
+            move(self.peaks, other.peaks),
+            move(self.peaks_with_grads, other.peaks_with_grads),
+            self.activations + steps * (other.activations - self.activations),
+            move(self.flops, other.flops),
+        )
+
+
+def trace_step(
+    model: Any, shape: StepShape, *, precision: str = "bf16", gathered: bool = False, recompute: bool = True
+) -> StepTrace:
+    """Run a micro-step of a model on shapes alone.
+
+    Args:
+        model: A `VLMambaForConditionalGeneration` on any device, also "meta", with trained parts, precision and
+            activation checkpointing set; it is not changed.
+        shape: The batch.
+        precision: See `TrainConfig`.
+        gathered: Weights that train are there in bf16 already, as where they are cut and gathered, and are not cast
+            from fp32 in the forward pass.
+        recompute: False: without the model's activation checkpointing.
+    """
+
+    def trace(blocks: int | None) -> StepTrace:
+        return _trace(model, shape, precision, gathered=gathered, recompute=recompute, blocks=blocks)
+
+    few, more = _block_counts(model, recompute=recompute)
+    if few == more:
+        return trace(None)
+    return trace(few).along(trace(more), (len(_blocks(model)) - few) / (more - few))
+
+
+def _trace(
+    model: Any, shape: StepShape, precision: str, *, gathered: bool, recompute: bool, blocks: int | None
+) -> StepTrace:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tables that a connector keeps from call to call
+        copied = _copy_on_shapes(model, blocks)
+        if not recompute:
+            for module in copied.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.gradient_checkpointing = False
+        if gathered and precision == "bf16":
+            _cast_trained(copied)
+        with use_backend("shapes"), counting() as flops, _Memory(copied, flops) as memory:
+            _run(copied, shape, precision, memory)
+    return memory.trace
+
+
+def _run(model: Any, shape: StepShape, precision: str, memory: _Memory) -> None:
+    """The forward pass of `VLMambaForConditionalGeneration`, whose checks need values, and its backward pass."""
+    ids = torch.zeros(shape.rows, shape.length, dtype=torch.long)
+    size = model.vision_tower.image_size
+    pixels = torch.empty(max(shape.images, 1), model.vision_tower.num_channels, size, size)
+    mask: dict[str, Tensor] = (
+        {"seq_idx": torch.zeros(shape.rows, shape.length, dtype=torch.int32)}
+        if shape.packed
+        else {"attention_mask": torch.ones(shape.rows, shape.length, dtype=torch.long)}
+    )
+    with autocast(precision, torch.device("cpu")):
+        memory.phase("images")
+        embeds = model.get_input_embeddings()(ids)
+        visual = model.get_image_features(pixels)
+        places = (ids == model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
+        memory.phase_in_backward("images backward", embeds)
+        memory.phase("language")
+        hidden, _ = run_language_model(model.language_model, inputs_embeds=embeds, **mask, use_cache=False)
+        memory.phase_in_backward("language backward", hidden)
+        del visual, places, embeds
+        memory.trace.activations = memory.live
+        memory.phase("loss")
+        index = torch.zeros(shape.supervised, dtype=torch.long)
+        rows, targets = hidden.flatten(0, 1)[index], index
+        loss = summed_loss(rows, targets, model.get_output_embeddings())
+        del hidden, rows
+    memory.phase("loss backward")
+    loss.backward()
+    memory.close()
+
+
+# --- the model on shapes ------------------------------------------------------------------------------------
+
+
+def _copy_on_shapes(model: Any, blocks: int | None) -> Any:
+    """The same modules around tensors without values; only so many blocks of the language model."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    if blocks is None:
+        return copy.deepcopy(model, memo)
+    layers = _blocks(model)
+    for layer in layers[blocks:]:
+        memo[id(layer)] = None
+    copied = copy.deepcopy(model, memo)
+    kept = _blocks(copied)
+    del kept[blocks:]
+    return copied
+
+
+def _cast_trained(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not keeps_fp32(name):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    """The repeated blocks of the language model: its first module list."""
+    return next((m for m in model.language_model.modules() if isinstance(m, nn.ModuleList)), nn.ModuleList())
+
+
+def _block_counts(model: Any, *, recompute: bool) -> tuple[int, int]:
+    """How many blocks to run, twice, for extrapolation; the same number twice where that would not do."""
+    blocks = _blocks(model)
+    signatures = [
+        [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
+        for block in blocks
+    ]
+    recomputed = [recompute and getattr(block, "gradient_checkpointing", False) for block in blocks]
+    period = next((i for i, flag in enumerate(recomputed[1:], start=1) if flag), 1) if any(recomputed) else 1
+    total = len(blocks)
+    few = period * -(-2 // period)
+    more = few + period
+    alike = all(s == signatures[0] for s in signatures)
+    if not alike or more >= total or (total - few) % period:
+        return total, total
+    return few, more
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+class _Memory(TorchDispatchMode):
+    """Follows every storage from its first use to its release."""
+
+    def __init__(self, model: nn.Module, flops: Any) -> None:
+        super().__init__()
+        self.flops, self.counted = flops, 0.0
+        self.live = 0.0
+        self.grads = 0.0
+        self.trace = StepTrace()
+        self.current = ""
+        self.known = weakref.WeakSet(t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._drop)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self._mark()
+        return out
+
+    def _follow(self, storage: Any) -> None:
+        if storage in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(storage)
+        self.live += size
+        weakref.finalize(storage, self._release, size).atexit = False
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+    def _drop(self, parameter: Tensor) -> None:
+        """Gradients are counted apart: how long they stay depends on the strategy."""
+        self.grads += parameter.numel() * parameter.element_size()
+        parameter.grad = None
+
+    def _mark(self) -> None:
+        peaks, with_grads = self.trace.peaks, self.trace.peaks_with_grads
+        peaks[self.current] = max(peaks.get(self.current, 0.0), self.live)
+        with_grads[self.current] = max(with_grads.get(self.current, 0.0), self.live + self.grads)
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+        if self.current:
+            now = float(self.flops.get_total_flops())
+            self.trace.flops[self.current] = now - self.counted
+            self.counted = now
+        self.current = name
+        if name:
+            self._mark()
+
+    def phase_in_backward(self, name: str, tensor: Tensor) -> None:
+        """Begin a phase when backward reaches a tensor; without gradient there it holds nothing."""
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: self.phase(name))
+
+    def close(self) -> None:
+        """The step is over."""
+        self.phase("")
+        for name in PHASES:
+            self.trace.peaks.setdefault(name, 0.0)
+            self.trace.peaks_with_grads.setdefault(name, 0.0)
+            self.trace.flops.setdefault(name, 0.0)
