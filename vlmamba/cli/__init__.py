@@ -19,6 +19,7 @@ VERBS = {
     "train": "train a recipe: vlmamba train train/vl_mamba.py:pretrain --optim.lr 1e-3",
     "eval": "measure a checkpoint: vlmamba eval runs/quickstart/finetune --tasks playground",
     "chat": "talk with a checkpoint in the terminal",
+    "serve": "answer requests of OpenAI's chat-completions interface",
     "data": "check annotation files and their pictures: vlmamba data check FILE --images FOLDER",
     "report": "write a page with losses, scores and answers of finished runs",
     "convert": "convert checkpoints between layouts (transformers, state-spaces, LLaVA, Cobra)",

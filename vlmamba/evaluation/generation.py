@@ -197,7 +197,14 @@ def generate_answers(
 
 
 def sample_answers(
-    model: Any, processor: Any, questions: Sequence[Question], *, max_new_tokens: int, **options: Any
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    streamer: Any = None,
+    stopping_criteria: Any = None,
+    **options: Any,
 ) -> list[Reply]:
     """Answers by transformers' `generate`, with its options (do_sample, temperature, top_p, num_beams, ...)."""
     from transformers import GenerationConfig
@@ -213,7 +220,9 @@ def sample_answers(
     )
     with evaluating(model), torch.inference_mode():
         inputs = model_inputs(model, processor, questions)
-        sequences = model.generate(**inputs, generation_config=config)
+        sequences = model.generate(
+            **inputs, generation_config=config, streamer=streamer, stopping_criteria=stopping_criteria
+        )
     width = max(len(q.input_ids) for q in questions)
     return [_reply(processor, row, ends) for row in sequences[:, width:].tolist()]
 

@@ -2,7 +2,8 @@
 
     `lmms_eval`    found by lmms-eval through the entry point group ``lmms_eval.models``
     `vlmevalkit`   a launcher around VLMEvalKit's ``run.py``
-    `asking`       what both use: a checkpoint that answers chat messages
+    `openai_server` a checkpoint behind OpenAI's chat-completions interface
+    `asking`       what all use: a checkpoint that answers chat messages
 
 Importing this package imports none of them.
 """

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmamba.evaluation.cli import load_for_evaluation
 from vlmamba.evaluation.generation import (
     Question,
     encode_question,
     generate_answers,
+    open_pictures,
     sample_answers,
 )
 from vlmamba.evaluation.likelihood import OptionScore, encode_options, score_options
@@ -34,6 +35,43 @@ class Request:
 
     messages: Messages
     images: tuple[ImageRef, ...] = ()
+
+
+class Completion(NamedTuple):
+    """One answer and what it cost."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    """New tokens, the end-of-text token included."""
+    cut: bool
+    """Whether the limit on new tokens ended it."""
+
+
+@dataclass
+class Ending:
+    """How an answer that is being written ended: whether the limit on new tokens did it."""
+
+    cut: bool = False
+
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer as it is written; closing it, or letting go of it, ends the writing."""
+
+    def __init__(self, pieces: Generator[str, None, None], ending: Ending) -> None:
+        self._pieces, self._ending = pieces, ending
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def cut(self) -> bool:
+        """At the end: whether the limit on new tokens ended it."""
+        return self._ending.cut
+
+    def close(self) -> None:
+        """End the writing."""
+        self._pieces.close()
 
 
 def user_message(text: str, images: Sequence[ImageRef]) -> Request:
@@ -105,6 +143,87 @@ class Answerer:
 
         return self._in_batches(questions, answer)
 
+    def complete(
+        self,
+        request: Request,
+        *,
+        max_new_tokens: int,
+        until: Sequence[str] = (),
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """One answer, with what it cost; arguments as in `generate`."""
+        question = encode_question(self.processor, self._sample(0, request), request.messages)
+        with self.lock:
+            if sampling:
+                (reply,) = sample_answers(
+                    self.model, self.processor, [question], max_new_tokens=max_new_tokens, **sampling
+                )
+            else:
+                (reply,) = generate_answers(
+                    self.model, self.processor, [question], max_new_tokens=max_new_tokens
+                )
+        text = _until(reply.text, until)
+        return Completion(text, len(question.input_ids), reply.tokens, reply.cut and text == reply.text)
+
+    def stream(
+        self,
+        request: Request,
+        *,
+        max_new_tokens: int,
+        until: Sequence[str] = (),
+        sampling: Mapping[str, Any] | None = None,
+    ) -> AnswerStream:
+        """One answer in pieces, as it is written; arguments as in `generate`.
+
+        Raises:
+            ImageError: A picture cannot be read (before the first piece).
+        """
+        question = encode_question(self.processor, self._sample(0, request), request.messages)
+        open_pictures(question.sample)
+        ending = Ending()
+        return AnswerStream(self._pieces(question, max_new_tokens, until, sampling or {}, ending), ending)
+
+    def _pieces(
+        self,
+        question: Question,
+        max_new_tokens: int,
+        until: Sequence[str],
+        sampling: Mapping[str, Any],
+        ending: Ending,
+    ) -> Generator[str, None, None]:
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped = threading.Event()
+        failure: list[Exception] = []
+
+        def write() -> None:
+            try:
+                (reply,) = sample_answers(
+                    self.model,
+                    self.processor,
+                    [question],
+                    max_new_tokens=max_new_tokens,
+                    streamer=streamer,
+                    stopping_criteria=[lambda ids, scores, **_: _stop_rows(ids, stopped)],
+                    **sampling,
+                )
+                ending.cut = reply.cut and not stopped.is_set()
+            except Exception as error:  # noqa: BLE001 - raised again below, in the thread that asked
+                failure.append(error)
+                streamer.end()
+
+        with self.lock:
+            thread = threading.Thread(target=write, daemon=True)
+            thread.start()
+            try:
+                yield from hold_back(_all_of(streamer, thread), until)
+            finally:
+                stopped.set()
+                thread.join()
+        if failure:
+            raise failure[0]
+
     def score(self, requests: Sequence[Request], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """How likely each of its options is as the answer to a request."""
         questions = [
@@ -139,7 +258,39 @@ class Answerer:
         return [answers[at] for at in range(len(questions))]
 
 
+def _all_of(streamer: Iterator[str], thread: threading.Thread) -> Iterator[str]:
+    """The pieces; at their end the thread has ended too, by itself."""
+    yield from streamer
+    thread.join()
+
+
+def _stop_rows(ids: Any, stopped: threading.Event) -> Any:
+    import torch
+
+    return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
+
+
 def _until(text: str, until: Sequence[str]) -> str:
     """The text before the first of some strings."""
     ends = [at for stop in until if stop and (at := text.find(stop)) >= 0]
     return text[: min(ends)].strip() if ends else text
+
+
+def hold_back(pieces: Iterator[str], until: Sequence[str]) -> Iterator[str]:
+    """Pass text on up to the first of some strings, keeping back what may be the beginning of one."""
+    until = [stop for stop in until if stop]
+    longest = max((len(stop) for stop in until), default=1)
+    text, sent = "", 0
+    for piece in pieces:
+        text += piece
+        ends = [at for stop in until if (at := text.find(stop)) >= 0]
+        if ends:
+            if text[sent : min(ends)]:
+                yield text[sent : min(ends)]
+            return
+        ready = len(text) - longest + 1
+        if ready > sent:
+            yield text[sent:ready]
+            sent = ready
+    if text[sent:]:
+        yield text[sent:]
