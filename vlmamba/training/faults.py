@@ -26,6 +26,8 @@ EXIT_STOPPED = 75
 EXIT_STALLED = 74
 """Nothing moved for `stall_seconds`; stacks were written down."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STDERR = 2
+"""The descriptor: `sys.stderr` may be something without one, as in a notebook."""
 NONFINITE_FILE = "nonfinite.jsonl"
 GRACE_SECONDS = 5.0
 """Between a process's own stacks and its end, so that the other processes come to write theirs."""
@@ -87,7 +89,7 @@ class Watch:
         if self.seconds and not self._closed.is_set():
             self._deadline = time.monotonic() + self.seconds
             # Should a thread hold the interpreter's lock for good, the one below never runs; this one does.
-            faulthandler.dump_traceback_later(1.5 * self.seconds + 2 * GRACE_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(1.5 * self.seconds + 2 * GRACE_SECONDS, exit=True, file=STDERR)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.seconds / 4)):
@@ -98,7 +100,8 @@ class Watch:
         text = f"rank {self.rank}: nothing moved for {self.seconds:g} s (stall_seconds). Stacks of all threads:\n"
         sys.stderr.write(text)
         with contextlib.suppress(OSError, ValueError):
-            faulthandler.dump_traceback(sys.stderr)
+            sys.stderr.flush()
+            faulthandler.dump_traceback(STDERR)
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()

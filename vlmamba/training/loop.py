@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,7 @@ class Training:
     loader: StepLoader
     state: RunState
     window: Window
-    save: Callable[[RunState], None]
+    save: Callable[[RunState], None] = field(default=lambda state: None)
     loggers: Sequence[MetricLogger] = ()
     should_stop: Callable[[], bool] = field(default=lambda: False)
     alive: Callable[[], None] = field(default=lambda: None)
@@ -80,7 +81,7 @@ def train_loop(run: Training) -> Outcome:
     bad_before = run.loader.bad_samples.count
     outcome: Outcome = "finished"
     bar_of = progress_bar(state.total_steps, state.step, enabled=run.parallel.is_main)
-    with logging_redirect_tqdm(), bar_of as bar:
+    with worker_deaths(), logging_redirect_tqdm(), bar_of as bar:
         for step, waited in timed(steps(run.loader, state.total_steps - state.step)):
             loss, grad_norm = optimizer_step(run, step)
             advance(run, step, loss, waited)
@@ -121,25 +122,31 @@ def steps(loader: StepLoader, count: int) -> Iterator[Step]:
 
 
 def timed(items: Iterator[Step]) -> Iterator[tuple[Step, float]]:
-    """Each item with the seconds that were spent waiting for it.
-
-    Raises:
-        TrainingError: A data worker died.
-    """
+    """Each item with the seconds that were spent waiting for it."""
     while True:
         started = time.perf_counter()
-        try:
-            item = next(items, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                f"a data worker process ended: {str(error).splitlines()[0]} The usual cause is too little memory: "
-                "lower --data.num_workers. Continue with --resume."
-            ) from error
+        item = next(items, None)
         if item is None:
             return
         yield item, time.perf_counter() - started
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Say what it means when torch reports, wherever the main thread is, that a data worker died.
+
+    Raises:
+        TrainingError: It did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a data worker process ended: {str(error).splitlines()[0].strip()} The usual cause is too little memory: "
+            "lower --data.num_workers. Continue with --resume."
+        ) from error
 
 
 def optimizer_step(run: Training, step: Step) -> tuple[float, float]:

@@ -115,7 +115,6 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     compile_parts(model, config.compile)
     wrapped = parallel.wrap(model)
     optimizer = parallel.build_optimizer(model, lambda m: build_optimizer(m, config.optim))
-    schedule = Schedule(config.schedule, count)
 
     # Where an earlier start of this run stopped.
     state = checkpoints.RunState(total_steps=count, frozen=frozen)
@@ -129,42 +128,19 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         logger.info("continuing from %s", start)
 
     # The loop.
-    saver = Checkpointer(
-        run_dir,
-        parallel,
-        model,
-        optimizer,
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
-        in_background=config.save_async,
+    logger.info("training on %s from step %d to %d", parallel.device, state.step, count)
+    training = Training(
+        config=config,
+        parallel=parallel,
+        model=wrapped,
+        optimizer=optimizer,
+        schedule=Schedule(config.schedule, count),
+        loader=loader,
+        state=state,
+        window=Window(flops=flops, peak=peak),
+        channel=channel,
     )
-    with (
-        _loggers(config, run_dir, parallel, state.step) as loggers,
-        stop_signals() as stop,
-        Watch(config.stall_seconds, run_dir, parallel.rank) as watch,
-    ):
-        training = Training(
-            config=config,
-            parallel=parallel,
-            model=wrapped,
-            optimizer=optimizer,
-            schedule=schedule,
-            loader=loader,
-            state=state,
-            window=Window(flops=flops, peak=peak),
-            save=saver.save,
-            loggers=loggers,
-            should_stop=stop.is_set,
-            alive=watch.alive,
-            channel=channel,
-        )
-        logger.info("training on %s from step %d to %d", parallel.device, state.step, count)
-        try:
-            outcome = train_loop(training)
-            saver.wait()
-        except BaseException:
-            saver.abandon()
-            raise
+    outcome = _guarded_loop(training, model, run_dir)
 
     # A plain transformers directory.
     if outcome == "stopped":
@@ -173,6 +149,34 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     channel.on_main(lambda: _export(config, parallel, model, processor, run_dir))
     logger.info("exported to %s", run_dir / EXPORT)
     return RunResult(outcome, state.step, run_dir, run_dir / EXPORT)
+
+
+def _guarded_loop(training: Training, model: nn.Module, run_dir: Path) -> Outcome:
+    """The loop with its checkpoints and loggers, under watch, and listening to requests to stop."""
+    config, parallel = training.config, training.parallel
+    saver = Checkpointer(
+        run_dir,
+        parallel,
+        model,
+        training.optimizer,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        in_background=config.save_async,
+    )
+    with (
+        _loggers(config, run_dir, parallel, training.state.step) as loggers,
+        stop_signals() as stop,
+        Watch(config.stall_seconds, run_dir, parallel.rank) as watch,
+    ):
+        training.save, training.loggers = saver.save, loggers
+        training.should_stop, training.alive = stop.is_set, watch.alive
+        try:
+            outcome = train_loop(training)
+            saver.wait()
+        except BaseException:
+            saver.abandon()
+            raise
+    return outcome
 
 
 def _export(config: TrainConfig, parallel: Parallel, model: Any, processor: Any, run_dir: Path) -> Path:

@@ -114,6 +114,8 @@ def write_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
+        if "DataLoader worker" in str(error):  # torch raises it wherever the main thread is
+            raise
         raise OSError(str(error).splitlines()[0]) from error
 
 

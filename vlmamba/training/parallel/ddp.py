@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,12 +27,13 @@ class DDP(GroupParallel):
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         # Buffers need no message in every forward pass; the flag got another name in torch 2.13.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {flag: False}
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            **{buffers: False},
+            **options,
             find_unused_parameters=not all(name.startswith(ALWAYS_USED) for name in trained),
         )
 

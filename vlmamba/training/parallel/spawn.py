@@ -125,7 +125,7 @@ def variables(place: Launch) -> dict[str, str]:
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     failed_at: float | None = None
     code = 0
-    while any(child.poll() is None for child in children):
+    while None in [child.poll() for child in children]:
         if failed_at is None:
             failures = [c for c in children if c.returncode not in (None, 0, EXIT_STOPPED)]
             if failures:

@@ -123,7 +123,8 @@ class ZeRO(GroupParallel):
             self._deepspeed.utils.set_z3_leaf_modules(model, kinds)
         self.engine, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=self.settings)
         self._optimizer = optimizer
-        return self.engine  # type: ignore[no-any-return]
+        engine: nn.Module = self.engine
+        return engine
 
     def build_optimizer(
         self, model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer]
