@@ -71,6 +71,7 @@ def run_with_gradients() -> Callable[..., dict[str, Tensor]]:
         loss = torch.zeros((), dtype=torch.float64)
         for output in outputs:
             weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+            weight = weight.bfloat16().double()  # exact in every dtype, so it rounds in none
             loss = loss + (output.double() * weight).sum()
         loss.backward()
         found = {f"output {i}": output.detach().double() for i, output in enumerate(outputs)}
