@@ -140,22 +140,27 @@ class VLMambaImageProcessor(BaseImageProcessor):
                 f"given when the "
                 f"processor is made (or saved with the checkpoint), not per call."
             )
-        arrays = [self.process_one(image) for image in _flatten(images)]
-        shape = (0, self.num_channels, self.size, self.size)
-        stacked = np.stack(arrays) if arrays else np.zeros(shape, dtype=np.float32)
+        flat = list(_flatten(images))
+        stacked = np.empty((len(flat), self.num_channels, self.size, self.size), dtype=np.float32)
+        for image, out in zip(flat, stacked, strict=True):
+            self.process_one(image, out)
         return BatchFeature(data={"pixel_values": stacked}, tensor_type=return_tensors)
 
-    def process_one(self, image: Any) -> np.ndarray:
-        """One image (any kind that `preprocess` takes) to a (C, S, S) float32 array."""
+    def process_one(self, image: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """One image (any kind that `preprocess` takes) to a (C, S, S) float32 array, or into `out`."""
         picture = to_rgb(image, exif_transpose=self.exif_transpose)
         squares: dict[tuple[int, ...], np.ndarray] = {}
-        result = np.empty((self.num_channels, self.size, self.size), dtype=np.float32)
+        shape = (self.num_channels, self.size, self.size)
+        result = np.empty(shape, dtype=np.float32) if out is None else out
         for start in range(0, self.num_channels, 3):
             mean, std = self.mean[start : start + 3], self.std[start : start + 3]
             fill = tuple(int(x * 255) for x in mean) if self.mode == "pad" else ()
             if fill not in squares:
-                squares[fill] = np.asarray(self._square(picture, fill), dtype=np.float64) / 255.0
-            result[start : start + 3] = ((squares[fill] - mean) / std).transpose(2, 0, 1)
+                squares[fill] = np.asarray(self._square(picture, fill)).transpose(2, 0, 1)
+            for channel, (pixels, m, s) in enumerate(zip(squares[fill], mean, std, strict=True), start=start):
+                # 256 values are normalised in float64 once, not every pixel.
+                levels = ((np.arange(256) / 255.0 - m) / s).astype(np.float32)
+                np.take(levels, pixels, out=result[channel], mode="clip")
         return result
 
     def _square(self, picture: Image.Image, fill: tuple[int, ...]) -> Image.Image:
