@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlmamba.models import VLMambaConfig, VLMambaForConditionalGeneration
 from vlmamba.models.language import MambaLM, mamba_config, parameter_count
 from vlmamba.models.vision.presets import PRESETS
-from vlmamba.training.metrics import FlopCount, peak_flops
+from vlmamba.training.flops import FlopCount, peak_flops
 from vlmamba.training.precision import autocast, set_precision
 
 SIZES = ("2.8b", "1.4b", "790m", "370m", "130m")
@@ -114,9 +114,9 @@ def _train_size(setting: Setting, device: torch.device, size: str) -> Iterator[R
     peak = peak_flops(device)
     if peak is not None:
         values["MFU %"] = 100 * flops / median / peak
-        estimate = FlopCount.of(model, patches=model.multi_modal_projector.num_patches)
-        counted = estimate.per_token * tokens + estimate.per_image * images
-        values["MFU % by the log's estimate"] = 100 * counted / median / peak
+        supervised = int((batch["labels"] != -100).sum())
+        counted = FlopCount.of(model).total(tokens=tokens, supervised=supervised, images=images)
+        values["MFU % with scan and convolution, as the log has it"] = 100 * counted / median / peak
     if device.type == "cuda":
         values["memory GiB"] = torch.cuda.max_memory_allocated() / 2**30
     values["first step s"] = warm_up
