@@ -69,7 +69,8 @@ class FSDP2(GroupParallel):
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         ignored = self._replicated(model)
-        self.whole = [p for p in ignored if p.requires_grad]
+        # In the model's order, which is the same in all processes, as that of a set is not.
+        self.whole = [p for p in model.parameters() if p.requires_grad and p in ignored]
         options: dict[str, Any] = {
             "mesh": self.mesh,
             "mp_policy": policy,
