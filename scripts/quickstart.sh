@@ -19,7 +19,7 @@ step "2/5  Stage 1: the connector learns to describe (encoder and language model
 vlmamba train train/playground.py:pretrain --resume "$@"
 step "3/5  Stage 2: connector and language model learn to answer (encoder frozen)"
 vlmamba train train/playground.py:finetune --resume "$@"
-tasks=playground,vqav2_playground,gqa_playground,pope_playground,mmbench_playground
+tasks=playground,vqav2_playground,gqa_playground,pope_playground,mmbench_playground_texts
 step "4/5  Held-out questions, some in the layouts of official benchmarks, and once more with the pictures shuffled"
 began=$SECONDS; vlmamba eval "$run/finetune" --tasks "$tasks" --shuffle-images --conversations 6; eval_took=$((SECONDS - began))
 step "5/5  Report"
