@@ -142,3 +142,5 @@ def test_bad_rows_of_every_rank_are_counted(values: Values, ranks: Any, task: Pa
     assert newest is not None
     state = json.loads((newest / "state.json").read_text())
     assert state["skipped"] == len(state["data"]["bad_samples"]["records"]) == 4
+    listed = (Path(each["output"]) / "bad_samples.jsonl").read_text().splitlines()
+    assert len(listed) == 4, "the rows of both ranks, each once"

@@ -78,14 +78,14 @@ def train_loop(run: Training) -> Outcome:
     """
     config, state = run.config, run.state
     saved_at = state.step
-    bad_before = run.loader.bad_samples.count
+    bad_known = run.loader.bad_samples.count
     outcome: Outcome = "finished"
     bar_of = progress_bar(state.total_steps, state.step, enabled=run.parallel.is_main)
     with worker_deaths(), logging_redirect_tqdm(), bar_of as bar:
         for step, waited in timed(steps(run.loader, state.total_steps - state.step)):
             loss, grad_norm = optimizer_step(run, step)
             advance(run, step, loss, waited)
-            count_skipped(run, bad_before)
+            bad_known = share_bad_rows(run, bad_known)
             run.alive()
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{current_lr(run.optimizer):.2e}", refresh=False)
@@ -247,14 +247,29 @@ def advance(run: Training, step: Step, loss: float, waited: float) -> None:
     state.samples += samples
     state.tokens += tokens
     state.supervised += supervised
-    state.skipped = run.loader.bad_samples.count
     state.data = run.loader.state_dict()
 
 
-def count_skipped(run: Training, before: int) -> None:
-    """Bad rows of all processes; those known before the first step are the same everywhere."""
-    (new,) = run.parallel.sum_counts(run.loader.bad_samples.count - before)
-    run.state.skipped = before + new
+def share_bad_rows(run: Training, known: int) -> int:
+    """Let every process know the bad rows of all, so that one budget and one list hold for the run.
+
+    Args:
+        run: The run.
+        known: How many rows all processes knew before this step.
+
+    Returns:
+        How many they know now.
+
+    Raises:
+        DataError: They are too many, together.
+    """
+    account = run.loader.bad_samples
+    (new,) = run.parallel.sum_counts(account.count - known)
+    if new:
+        for records in run.channel.gather(list(account.records.values())[known:]):
+            account.add(records)
+    run.state.skipped = account.count
+    return account.count
 
 
 def log(run: Training, grad_norm: float) -> None:
