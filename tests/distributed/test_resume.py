@@ -141,6 +141,8 @@ def test_bad_rows_of_every_rank_are_counted(values: Values, ranks: Any, task: Pa
     newest = latest_checkpoint(Path(each["output"]))
     assert newest is not None
     state = json.loads((newest / "state.json").read_text())
+    listed = (Path(each["output"]) / "bad_samples.jsonl").read_text()
+    assert all(f"not-there-{index}.png" in listed for index in (2, 5, 9, 13))
     assert state["skipped"] == len(state["data"]["bad_samples"]["records"]) == 4
     listed = (Path(each["output"]) / "bad_samples.jsonl").read_text().splitlines()
     assert len(listed) == 4, "the rows of both ranks, each once"
