@@ -80,7 +80,8 @@ def show_plans() -> None:
 CONTENDERS: dict[str, dict[str, Any]] = {
     "padded, random order": {"data.order": "random"},
     "padded, grouped by length": {"data.order": "length"},
-    "packed": {"data.order": "random", "data.pack_length": 8192},
+    "packed to 2,048": {"data.order": "random", "data.pack_length": 2048},
+    "packed to 8,192": {"data.order": "random", "data.pack_length": 8192},
 }
 
 
@@ -113,7 +114,8 @@ def mix_steps(name: str, processor: Any) -> Iterator[tuple[list[dict[str, Any]],
     settings = {
         "padded, random order": PlanSettings(micro_samples=8, **common),
         "padded, grouped by length": PlanSettings(micro_samples=8, grouping="length", **common),
-        "packed": PlanSettings(pack_tokens=8192, pad_to_multiple_of=PACK_MULTIPLE, **common),
+        "packed to 2,048": PlanSettings(pack_tokens=2048, pad_to_multiple_of=PACK_MULTIPLE, **common),
+        "packed to 8,192": PlanSettings(pack_tokens=8192, pad_to_multiple_of=PACK_MULTIPLE, **common),
     }[name]
     plan: EpochPlan = plan_epoch(np.arange(len(lengths)), settings, 0, lengths=lengths, num_images=images)
     size = processor.image_processor.size
