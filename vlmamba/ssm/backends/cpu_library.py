@@ -57,8 +57,11 @@ def _prepare(loaded: ctypes.CDLL) -> str | None:
     loaded.vlmamba_conv_work.argtypes = [ctypes.POINTER(cpu_conv.ConvArguments)]
     loaded.vlmamba_conv_work.restype = ctypes.c_int64
     _trial.append(loaded)
+    # The first call may come from within a layer whose activations are recomputed: hooks that give tensors back as they
+    # are keep its own from running that layer again, which would wait here for itself.
+    plainly = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), plainly:
             return _self_check()
     finally:
         _trial.pop()
