@@ -66,7 +66,7 @@ def _data_section(config: TrainConfig) -> str:
     rows = 0
     known = True
     for source in config.data.sources:
-        count, origin = _rows_of(source)
+        count, origin = rows_of(source)
         name = source.name or Path(source.annotations).stem
         if count is None:
             known = False
@@ -100,7 +100,8 @@ def _data_section(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _rows_of(source: SourceConfig) -> tuple[int | None, str]:
+def rows_of(source: SourceConfig) -> tuple[int | None, str]:
+    """Rows of a source, None if not known, and where the number is from unless it was counted."""
     path = Path(source.annotations).expanduser()
     if source.kind == "llava" and path.is_file():
         return len(RowFile(path)), ""
