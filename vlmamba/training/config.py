@@ -165,6 +165,28 @@ class OptimConfig(Config):
             )
 
 
+class LoRAConfig(Config):
+    """Low-rank adapters instead of whole weights."""
+
+    match: tuple[str, ...]
+    """Linear layers that are adapted: names of layers or of modules around them, globs, or re:<expression>."""
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On the adapter's input."""
+
+    def __post_init__(self) -> None:
+        if not self.match:
+            raise ConfigError("lora.match: no pattern given. Name at least one layer, or set lora none.")
+        if self.rank < 1 or not self.alpha > 0 or not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(
+                f"lora: rank must be at least 1, alpha positive and dropout in [0, 1), got {self.rank}, {self.alpha} "
+                f"and {self.dropout}."
+            )
+
+
 class ScheduleConfig(Config):
     """Learning rate over the run."""
 
@@ -223,6 +245,8 @@ class TrainConfig(Config):
     """Passes over the data."""
     max_steps: int | None = None
     """Optimizer steps at most; with epochs none, exactly."""
+    lora: LoRAConfig | None = None
+    """Adapters on layers that do not train themselves; none: no adapters."""
     init_from: str | None = None
     """Run, checkpoint or export folder, or connector.safetensors, whose weights to start from."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -264,7 +288,7 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("output: name the folder of the run.")
-        if not self.train:
+        if not self.train and self.lora is None:
             raise ConfigError("train: no pattern given, so nothing would train. Name at least one module.")
         if self.epochs is None and self.max_steps is None:
             raise ConfigError("set epochs or max_steps; both are none.")

@@ -14,7 +14,8 @@ from vlmamba.models.builder import build_meta_model
 from vlmamba.training.config import SourceConfig, TrainConfig
 from vlmamba.training.data import MOST_LISTED
 from vlmamba.training.files import PLAYGROUND, MissingItem, format_missing, missing_files
-from vlmamba.training.parts import PartRow, format_parts, parts_table, set_trainable
+from vlmamba.training.parts import PartRow, format_parts, parts_table
+from vlmamba.training.run import set_trained_parts
 from vlmamba.training.schedule import Schedule
 
 
@@ -34,11 +35,12 @@ def _model_section(config: TrainConfig) -> str:
         model = build_meta_model(config.model)
     except (MissingFileError, CheckpointError) as error:
         return f"model\n  sizes are not known without the files: {error}"
-    set_trainable(model, config.train)
+    set_trained_parts(model, config)
     rows = parts_table(model)
     tower, connector, text = model.vision_tower, model.multi_modal_projector, model.config.text_config
     trainable = sum(r.trainable for r in rows)
     total = sum(r.total for r in rows)
+    adapters = [] if config.lora is None else [f"adapters of rank {config.lora.rank}"]
     lines = [
         "model",
         f"  encoder         {config.model.vision.family}, {tower.image_size} px, {tower.grid[0]} x "
@@ -48,7 +50,7 @@ def _model_section(config: TrainConfig) -> str:
         f"{text.num_hidden_layers} layers of "
         f"width {text.hidden_size}, vocabulary {text.vocab_size}",
         f"  chat template   {config.model.chat}",
-        f"  trains          {', '.join(config.train)}: {trainable:,} of {total:,} parameters "
+        f"  trains          {', '.join([*config.train, *adapters])}: {trainable:,} of {total:,} parameters "
         f"({trainable / total:.2%})",
         "",
         _indent(format_parts(rows)),

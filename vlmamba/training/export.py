@@ -12,6 +12,7 @@ import torch
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
 from vlmamba.ssm.mixer import FP32_PARAMETERS
 from vlmamba.training.init_from import CONNECTOR
+from vlmamba.training.lora import ADAPTER, has_adapters, merged_state, save_adapter
 from vlmamba.training.run_dir import whole_directory, write_errors
 
 EXPORT = "export"
@@ -21,7 +22,7 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
     """Write model, processor and connector.
 
     The connector alone is also written, in the precision it was trained in: ``connector.safetensors`` and
-    ``connector_config.json``.
+    ``connector_config.json``. Adapters are merged into the weights, and written alone into ``adapter/``.
 
     Args:
         model: A `VLMambaForConditionalGeneration`.
@@ -39,11 +40,12 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
 
     with whole_directory(directory) as target:
         connector = getattr(model, CONNECTOR)
+        whole = merged_state(model)
         state = {
             name: tensor.to(torch.float32 if keeps_fp32(name) else dtype)
             if tensor.is_floating_point()
             else tensor
-            for name, tensor in model.state_dict().items()
+            for name, tensor in whole.items()
         }
         previous = model.config.dtype
         model.config.dtype = dtype
@@ -53,7 +55,14 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
         finally:
             model.config.dtype = previous
         processor.save_pretrained(target)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in connector.state_dict().items()}
+        if has_adapters(model.state_dict()):
+            save_adapter(model, target / ADAPTER)
+        prefix = f"{CONNECTOR}."
+        tensors = {
+            name.removeprefix(prefix): t.detach().cpu().contiguous()
+            for name, t in whole.items()
+            if name.startswith(prefix)
+        }
         with write_errors():
             save_file(tensors, target / CONNECTOR_FILE, metadata={"format": "pt"})
         description = {

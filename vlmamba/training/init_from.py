@@ -93,7 +93,14 @@ def read_weights(source: Path) -> SavedWeights:
     if (source / CHECKPOINTS).is_dir():
         checkpoint = latest_checkpoint(source)
         if checkpoint is not None:
-            return _checkpoint(checkpoint)
+            saved = _checkpoint(checkpoint)
+            if not any(".lora_" in name for name in saved.tensors):
+                return saved
+            if not (source / "export" / "config.json").is_file():
+                raise CheckpointError(
+                    f"init_from: {source} is a run with adapters (lora) that has no export, and only an export holds "
+                    f"them merged. Finish it, or export it: vlmamba.training.run.export_run({str(source)!r})."
+                )
     if (source / "state.json").is_file():
         return _checkpoint(source)
     for folder in (source, source / "export"):

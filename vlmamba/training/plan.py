@@ -19,8 +19,8 @@ from vlmamba.models.builder import build_meta_model
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.flops import FlopCount, peak_of
 from vlmamba.training.parallel.fsdp2 import blocks
-from vlmamba.training.parts import set_modes, set_trainable
-from vlmamba.training.precision import keeps_fp32, set_precision
+from vlmamba.training.parts import set_modes
+from vlmamba.training.precision import keeps_fp32
 from vlmamba.training.tracing import StepShape, StepTrace, trace_step
 
 GIB = float(2**30)
@@ -166,13 +166,12 @@ class Planner:
     """
 
     def __init__(self, config: TrainConfig, settings: PlanSettings) -> None:
-        from vlmamba.training.run import fit_micro_batch
+        from vlmamba.training.run import fit_micro_batch, set_trained_parts
 
         self.settings = settings
         self.config = fit_micro_batch(config, settings.gpus)
         self.model = build_meta_model(config.model)
-        set_trainable(self.model, config.train)
-        set_precision(self.model, config.precision)
+        set_trained_parts(self.model, config)
         set_modes(self.model)
         self.sizes = Sizes.of(self.model, config.precision)
         self.visual = int(self.model.multi_modal_projector.num_tokens)

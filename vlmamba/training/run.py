@@ -214,14 +214,26 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
     model, processor = build_model(config.model)
     if config.init_from is not None:
         init_from(model, config.init_from)
-    set_trainable(model, config.train)
-    set_precision(model, config.precision)
+    set_trained_parts(model, config)
     if config.gradient_checkpointing:
         enable_checkpointing(model.language_model, every_nth=config.checkpoint_every_nth)
         if not model.vision_tower.frozen:
             model.vision_tower.set_gradient_checkpointing(True)
     set_modes(model)
     return model.to(device), processor
+
+
+def set_trained_parts(model: Any, config: TrainConfig) -> None:
+    """Decide what trains, add adapters, and hold every parameter in its number format."""
+    if config.train:
+        set_trainable(model, config.train)
+    else:
+        model.requires_grad_(False)
+    if config.lora is not None:
+        from vlmamba.training.lora import add_lora
+
+        logger.info("lora: rank %d on %d layers", config.lora.rank, len(add_lora(model, config.lora)))
+    set_precision(model, config.precision)
 
 
 def enable_checkpointing(language_model: Any, *, every_nth: int = 1) -> None:

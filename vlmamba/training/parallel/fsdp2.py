@@ -2,7 +2,7 @@
 
 Every repeated block is a group that is gathered in one message and, after its backward, reduced and cut in one. Under
 bf16 the blocks are gathered in bf16 from fp32 masters, and gradients are reduced in fp32. Replicated, not cut:
-- parts without a trained parameter, such as the frozen encoder (unless `sharding.shard_frozen`);
+- what is frozen, such as the encoder or the weights under adapters (unless `sharding.shard_frozen`);
 - under bf16, the parameters that the scan reads in fp32 (`KEEP_FP32`, a few MB), whose gradients are summed here.
 
 With `sharding.shard` = "grads" a block stays gathered from its forward to its backward, "full" gathers it twice.
@@ -24,7 +24,7 @@ from vlmamba.errors import ConfigError
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.parallel.group import GroupParallel
 from vlmamba.training.parallel.launch import Launch
-from vlmamba.training.precision import KEEP_FP32
+from vlmamba.training.precision import keeps_fp32
 
 
 class FSDP2(GroupParallel):
@@ -86,12 +86,10 @@ class FSDP2(GroupParallel):
     def _replicated(self, model: nn.Module) -> set[nn.Parameter]:
         """Parameters that every process keeps whole."""
         ignored: set[nn.Parameter] = set()
-        for child in model.children():
-            frozen = not any(p.requires_grad for p in child.parameters())
-            if frozen and not self.sharding.shard_frozen:
-                ignored.update(child.parameters())
+        if not self.sharding.shard_frozen:
+            ignored.update(p for p in model.parameters() if not p.requires_grad)
         if self.precision == "bf16":
-            ignored.update(p for name, p in model.named_parameters() if name.endswith(KEEP_FP32))
+            ignored.update(p for name, p in model.named_parameters() if keeps_fp32(name))
         return ignored
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
