@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted((ROOT / "vlmamba").rglob("*.py"))
 PROGRAMS = sorted(
-    p for folder in ("train", "eval", "playground", "scripts", "benchmarks") for p in (ROOT / folder).glob("*.py")
+    p
+    for folder in ("train", "eval", "playground", "scripts", "benchmarks")
+    for p in (ROOT / folder).glob("*.py")
 )
 
 # Who may import whom (besides itself, errors, registry and config).

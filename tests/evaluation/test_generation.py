@@ -53,7 +53,9 @@ def test_greedy_answers_are_those_of_generate(task, options):
     samples = about_one_picture(task)
     if options.get("chat") == "plain":  # nothing follows the picture
         empty = next(s for s in samples if not s.images)
-        with pytest.raises(DataError, match="the prompt of question 0 is empty: the chat template leaves out"):
+        with pytest.raises(
+            DataError, match="the prompt of question 0 is empty: the chat template leaves out"
+        ):
             encode(processor, [empty])
         samples = [dataclasses.replace(s, text="<image>" * len(s.images)) for s in samples if s.images]
     questions = encode(processor, samples)

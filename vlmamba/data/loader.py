@@ -250,8 +250,12 @@ def received(batches: Iterator[Batch], account: BadSamples) -> Batch:
     """
     try:
         batch = next(batches)
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in _ENDED):
+    except (
+        RuntimeError,
+        ConnectionError,
+        EOFError,
+    ) as error:  # the last two: it died while handing tensors over
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _ENDED):
             raise
         raise DataError(
             f"a process that loads data ended without a word ({error}). It was killed, mostly for want of memory "

@@ -26,7 +26,7 @@ from vlmamba.training.faults import Watch, stop_signals
 from vlmamba.training.files import check_files
 from vlmamba.training.flops import FlopCount, peak_flops
 from vlmamba.training.init_from import init_from
-from vlmamba.training.loop import Outcome, Training, train_loop
+from vlmamba.training.loop import Outcome, Training, train_loop, worker_deaths
 from vlmamba.training.metrics import MetricLogger, Window, open_loggers
 from vlmamba.training.optim import build_optimizer
 from vlmamba.training.parallel import Parallel, make_parallel
@@ -171,7 +171,8 @@ def _guarded_loop(training: Training, model: nn.Module, run_dir: Path) -> Outcom
         training.save, training.loggers = saver.save, loggers
         training.should_stop, training.alive = stop.is_set, watch.alive
         try:
-            outcome = train_loop(training)
+            with worker_deaths():  # once more: torch may report one while the loop's own report is under way
+                outcome = train_loop(training)
             saver.wait()
         except BaseException:
             saver.abandon()
