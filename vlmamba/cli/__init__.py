@@ -20,7 +20,7 @@ VERBS = {
     "eval": "measure a checkpoint: vlmamba eval runs/quickstart/finetune --tasks playground",
     "chat": "talk with a checkpoint in the terminal",
     "serve": "answer requests of OpenAI's chat-completions interface",
-    "data": "check annotation files and their pictures: vlmamba data check FILE --images FOLDER",
+    "data": "check, show or count annotation files and their pictures: vlmamba data check FILE --images FOLDER",
     "plan": "memory, tokens and hours of a recipe: vlmamba plan train/vl_mamba.py:finetune --gpus 8",
     "report": "write a page with losses, scores and answers of finished runs",
     "convert": "convert checkpoints between layouts (transformers, state-spaces, LLaVA, Cobra)",
