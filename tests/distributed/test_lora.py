@@ -1,4 +1,4 @@
-"""Adapters under every strategy: one process's gradients, and under bf16 the same run."""
+"""Adapters and running means under every strategy: as in one process, and under bf16 the same run."""
 
 from __future__ import annotations
 
@@ -49,3 +49,21 @@ def test_bf16_beside_frozen_weights(values: Values, ranks: Any, programs: Any) -
         assert newest is not None
         saved, _ = read_whole(newest)
         assert any(".lora_A." in name for name in saved)
+
+
+def test_mean_of_the_weights(values: Values, ranks: Any, programs: Any) -> None:
+    common = {"epochs": 1, "ema": 0.8}
+    alone = values(common, output="alone")
+    programs.train([{"values": alone}])
+    newest = latest_checkpoint(Path(alone["output"]))
+    assert newest is not None
+    _, wanted = read_whole(newest)
+    jobs = [{"values": values({**common, **more}, output=name)} for name, more in SETTINGS.items()]
+    for end in ranks("train", jobs):
+        assert end.exitcode == 0, end.output
+    for job in jobs:
+        newest = latest_checkpoint(Path(job["values"]["output"]))
+        assert newest is not None
+        _, found = read_whole(newest)
+        for name, state in wanted.items():
+            torch.testing.assert_close(found[name]["ema"], state["ema"], atol=2e-3, rtol=1e-3)

@@ -65,6 +65,7 @@ FREE_KEYS = (
     "compile",
     "max_nonfinite_steps",
     "stall_seconds",
+    "evaluations",
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vlmamba.config import Config
 from vlmamba.errors import ConfigError
@@ -187,6 +187,21 @@ class LoRAConfig(Config):
             )
 
 
+class EvaluationConfig(Config):
+    """A function that measures the model during training."""
+
+    function: str
+    """`eval/file.py:function` or `package.module:function`, called with model, processor, step and the options."""
+    every: int = 1000
+    """Steps between two calls; also called after the last step."""
+    options: dict[str, Any] = {}  # noqa: RUF012 - Config copies defaults
+    """Its further keyword arguments."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"evaluations: every must be at least 1, got {self.every}.")
+
+
 class ScheduleConfig(Config):
     """Learning rate over the run."""
 
@@ -247,6 +262,10 @@ class TrainConfig(Config):
     """Optimizer steps at most; with epochs none, exactly."""
     lora: LoRAConfig | None = None
     """Adapters on layers that do not train themselves; none: no adapters."""
+    ema: float | None = None
+    """Decay of a running mean of what trains, exported beside the weights (export_ema); none: no mean."""
+    evaluations: tuple[EvaluationConfig, ...] = ()
+    """Functions called now and then during training; their numbers go to eval.jsonl."""
     init_from: str | None = None
     """Run, checkpoint or export folder, or connector.safetensors, whose weights to start from."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -296,6 +315,12 @@ class TrainConfig(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be positive, got {value}.")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise ConfigError(f"ema is a decay between 0 and 1, or none, got {self.ema}.")
+        if self.ema is not None and self.parallel.startswith("zero"):
+            raise ConfigError(
+                f"ema cannot be had with parallel {self.parallel}, whose optimizer is DeepSpeed's: use fsdp2."
+            )
         if self.log_every < 1:
             raise ConfigError(f"log_every must be positive, got {self.log_every}.")
         if self.save_every < 0 or self.keep_last < 0:

@@ -48,6 +48,7 @@ class Training:
         should_stop: Whether the run has been asked to stop (SIGTERM).
         alive: Called whenever something moved.
         channel: For what the processes tell each other now and then.
+        evaluate: Runs the evaluations that are due after a step (`vlmamba.training.evaluations`).
         nonfinite_in_a_row: Steps not taken since the last one that was.
     """
 
@@ -64,6 +65,7 @@ class Training:
     should_stop: Callable[[], bool] = field(default=lambda: False)
     alive: Callable[[], None] = field(default=lambda: None)
     channel: Channel = field(default_factory=Channel)
+    evaluate: Callable[..., float] = field(default=lambda step, **_: 0.0)
     nonfinite_in_a_row: int = 0
 
 
@@ -91,6 +93,7 @@ def train_loop(run: Training) -> Outcome:
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{current_lr(run.optimizer):.2e}", refresh=False)
             if state.step % config.log_every == 0 or state.step == state.total_steps:
                 log(run, grad_norm)
+            evaluate(run)
             stop = run.parallel.any(run.should_stop())
             if stop or (config.save_every and state.step % config.save_every == 0):
                 saved_at = save(run)
@@ -100,6 +103,14 @@ def train_loop(run: Training) -> Outcome:
     if saved_at != state.step:
         save(run)
     return outcome
+
+
+def evaluate(run: Training) -> None:
+    """Measure the model where that is due, outside the clock of the log."""
+    step = run.state.step
+    seconds = run.evaluate(step, last=step == run.state.total_steps, loggers=run.loggers)
+    run.alive()
+    run.window.leave_out(seconds)
 
 
 def save(run: Training) -> int:

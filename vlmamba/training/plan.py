@@ -239,11 +239,12 @@ class Planner:
         )
 
     def _kept(self, strategy: str) -> Memory:
-        """Parameters, gradients and optimizer states."""
+        """Parameters, gradients and optimizer states, a running mean of the weights (ema) among them."""
         s, gpus = self.sizes, self.settings.gpus
         n, offload = float(s.trained), self.config.sharding.cpu_offload
+        mean = 0 if self.config.ema is None else 4
         if strategy in (SINGLE, DDP):
-            return Memory(4 * n + s.frozen_bytes, 4 * n, 8 * n, 0, 0)
+            return Memory(4 * n + s.frozen_bytes, 4 * n, (8 + mean) * n, 0, 0)
         if strategy == ZERO2:
             # Whole fp32 weights, a part of masters, moments and gradients, two buckets of 0.2e9 numbers.
             host = 0.0 if offload else 12 * n / gpus
@@ -263,11 +264,11 @@ class Planner:
             s.block, s.root
         )  # gradients of one group, and their fp32 copy to reduce
         frozen = s.frozen_bytes / (parts if self.config.sharding.shard_frozen else 1)
-        masters, moments, gradients = (0.0, 0.0, 0.0) if offload else (4 * cut, 8 * cut, 4 * cut)
+        masters, moments, gradients = (0.0, 0.0, 0.0) if offload else (4 * cut, (8 + mean) * cut, 4 * cut)
         return Memory(
             masters / parts + 4 * s.whole + gathered + frozen,
             gradients / parts + 4 * s.whole + exchanged,
-            moments / parts + 8 * s.whole,
+            moments / parts + (8 + mean) * s.whole,
             0,
             0,
         )

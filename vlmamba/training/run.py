@@ -21,6 +21,8 @@ from vlmamba.models.builder import build_model
 from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import build_data, open_sources, total_steps
+from vlmamba.training.ema import load_means, track_mean
+from vlmamba.training.evaluations import Evaluations
 from vlmamba.training.export import EXPORT, export_model
 from vlmamba.training.faults import Watch, stop_signals
 from vlmamba.training.files import check_files
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+EXPORT_MEAN = "export_ema"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     model, processor = prepare_model(config, parallel.device)
     frozen = checkpoints.frozen_fingerprint(model)
     logger.info("parts:\n%s", format_parts(parts_table(model)))
+    evaluations = Evaluations(config.evaluations, model, processor, run_dir, parallel.is_main)
     if parallel.rank:
         seed_all(config.seed + parallel.rank)  # dropout differs between processes, first weights do not
 
@@ -115,6 +119,8 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     compile_parts(model, config.compile)
     wrapped = parallel.wrap(model)
     optimizer = parallel.build_optimizer(model, lambda m: build_optimizer(m, config.optim))
+    if config.ema is not None:
+        track_mean(optimizer, config.ema)
 
     # Where an earlier start of this run stopped.
     state = checkpoints.RunState(total_steps=count, frozen=frozen)
@@ -128,6 +134,7 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         logger.info("continuing from %s", start)
 
     # The loop.
+    evaluations.open(resume_step=state.step)
     logger.info("training on %s from step %d to %d", parallel.device, state.step, count)
     training = Training(
         config=config,
@@ -139,8 +146,10 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         state=state,
         window=Window(flops=flops, peak=peak),
         channel=channel,
+        evaluate=evaluations,
     )
     outcome = _guarded_loop(training, model, run_dir)
+    evaluations.close()
 
     # A plain transformers directory.
     if outcome == "stopped":
@@ -182,6 +191,8 @@ def _guarded_loop(training: Training, model: nn.Module, run_dir: Path) -> Outcom
 
 def _export(config: TrainConfig, parallel: Parallel, model: Any, processor: Any, run_dir: Path) -> Path:
     """From the model as it stands, or, where each process holds a part of it, from its last checkpoint."""
+    if config.ema is not None:
+        export_run(run_dir, run_dir / EXPORT_MEAN, mean=True)
     if not parallel.replicated:
         return export_run(run_dir)
     return export_model(model, processor, run_dir / EXPORT, dtype=compute_dtype(config.precision))
@@ -263,15 +274,16 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def export_run(run_dir: str | Path, directory: str | Path | None = None) -> Path:
+def export_run(run_dir: str | Path, directory: str | Path | None = None, *, mean: bool = False) -> Path:
     """Export the newest checkpoint of a run, finished or not.
 
     Args:
         run_dir: The run.
-        directory: Where to; by default its ``export/``.
+        directory: Where to; by default its ``export/``, or ``export_ema/`` for means.
+        mean: The running mean of the weights (`TrainConfig.ema`) instead of the weights.
 
     Raises:
-        CheckpointError: It has no checkpoint.
+        CheckpointError: It has no checkpoint, or that has no means.
     """
     run_dir = Path(run_dir)
     config = load_yaml(run_dir / CONFIG_FILE, TrainConfig)
@@ -281,7 +293,9 @@ def export_run(run_dir: str | Path, directory: str | Path | None = None) -> Path
         raise CheckpointError(f"{run_dir} has no checkpoint to export.")
     model, processor = prepare_model(config, torch.device("cpu"))
     checkpoints.load_trained(newest, model)
-    target = run_dir / EXPORT if directory is None else Path(directory)
+    if mean:
+        load_means(model, checkpoints.read_whole(newest)[1])
+    target = run_dir / (EXPORT_MEAN if mean else EXPORT) if directory is None else Path(directory)
     return export_model(model, processor, target, dtype=compute_dtype(config.precision))
 
 
