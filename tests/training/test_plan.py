@@ -25,6 +25,7 @@ from vlmamba.training.run import enable_checkpointing, prepare_model
 
 MakeConfig = Callable[..., TrainConfig]
 LENGTH, ROWS, SUPERVISED = 192, 4, 0.5
+LORA = {"train": ["multi_modal_projector"], "lora": {"match": ["language_model.*.in_proj"], "rank": 4}}
 FULL_SIZE = {
     "model.vision.path": "checkpoints/none/siglip-so400m-patch14-384",
     "model.vision.preset": "siglip-so400m-patch14-384",
@@ -92,8 +93,19 @@ def measured(config: TrainConfig) -> int:
         {"model.connector.name": "vss-l2", "gradient_checkpointing": True},
         {"model.connector.name": "mlp", "gradient_checkpointing": True, "checkpoint_every_nth": 2},
         {"model.connector.name": "vss-mlp", "train": ["multi_modal_projector"]},
+        {"train": ["multi_modal_projector"], "gradient_checkpointing": True},
+        LORA,
+        {**LORA, "gradient_checkpointing": True},
     ],
-    ids=["all", "recomputed", "every second block recomputed", "stage 1"],
+    ids=[
+        "all",
+        "recomputed",
+        "every second block recomputed",
+        "stage 1",
+        "stage 1 recomputed",
+        "lora",
+        "lora recomputed",
+    ],
 )
 def test_memory_is_that_of_the_allocator(
     changes: dict[str, Any], make_config: MakeConfig, language: Path
@@ -120,7 +132,7 @@ def test_full_size_without_files(make_config: MakeConfig) -> None:
     ddp = planner.memory(dataclasses.replace(chosen, strategy=DDP))
     assert ddp.optimizer == 8 * planner.sizes.trained and ddp.gradients == 4 * planner.sizes.trained
     cut = planner.memory(chosen)
-    assert cut.optimizer < ddp.optimizer / 7 and cut.total < ddp.total / 2
+    assert cut.optimizer < ddp.optimizer / 7 and cut.total < 0.55 * ddp.total
     assert planner.memory(dataclasses.replace(chosen, strategy=FSDP_FULL)).parameters < cut.parameters / 2
     halved = planner.memory(dataclasses.replace(chosen, micro=8))
     assert halved.activations == pytest.approx(cut.activations / 2, rel=0.1)

@@ -103,7 +103,21 @@ def counting() -> Any:
         ops.causal_conv1d: _conv,
         ops.causal_conv1d_backward: _conv_backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    # Its tracker of modules hangs hooks on the graph, also on that of a recomputation, which keep its tensors alive.
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
+
+
+class _NoModules:
+    """In place of torch's `ModuleTracker`: totals are all that is asked for."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 # --- of a run -----------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ Shapes: B rows, L length, n images, C channels, S image size, D width, X vocabul
 from __future__ import annotations
 
 import copy
-import gc
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,13 +133,9 @@ def _trace(
                     module.gradient_checkpointing = False
         if gathered and precision == "bf16":
             _cast_trained(copied)
-        gc.freeze()  # collections in between look at what the step leaves only
-        try:
-            memory = _Memory(copied, flops := counting(), recompute=recompute)
-            with use_backend("shapes"), flops, memory:
-                _run(copied, shape, precision, memory)
-        finally:
-            gc.unfreeze()
+        memory = _Memory(copied, flops := counting())
+        with use_backend("shapes"), flops, memory:
+            _run(copied, shape, precision, memory)
     return memory.trace
 
 
@@ -233,9 +228,8 @@ def _block_counts(model: Any, *, recompute: bool) -> tuple[int, int]:
 class _Memory(TorchDispatchMode):
     """Follows every storage from its first use to its release."""
 
-    def __init__(self, model: nn.Module, flops: Any, *, recompute: bool) -> None:
+    def __init__(self, model: nn.Module, flops: Any) -> None:
         super().__init__()
-        self.recompute = recompute
         self.flops, self.counted = flops, 0.0
         self.live = 0.0
         self.grads = 0.0
@@ -269,8 +263,6 @@ class _Memory(TorchDispatchMode):
         """Gradients are counted apart: how long they stay depends on the strategy."""
         self.grads += parameter.numel() * parameter.element_size()
         parameter.grad = None
-        if self.recompute:
-            gc.collect()  # under dispatch modes the end of a recomputation leaves its frames, with tensors, in a cycle
 
     def _mark(self) -> None:
         peaks, with_grads = self.trace.peaks, self.trace.peaks_with_grads
