@@ -28,6 +28,11 @@ class Enough(Exception):
     """Ends a run on purpose."""
 
 
+def several(calls: list[tuple[str, list[dict[str, Any]]]]) -> list[Any]:
+    """What several functions of this file return, called one after another in the same processes."""
+    return [globals()[name](jobs) for name, jobs in calls]
+
+
 def train(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs one after another. A job has ``values`` and may have what `_train` takes."""
     logging.basicConfig(level=logging.INFO)
