@@ -6,6 +6,8 @@
     gqa_lmms        testdev_balanced, answers compared as lmms-eval does
     gqa_playground  held-out scenes of the playground in the official layout
 
+A text becomes a prediction as LLaVA converts it. Predictions in the official layout (questionId, prediction) are
+compared as they are, as the official script does: "Dog." is wrong there.
 Nothing but the questions file is needed: scene graphs, choices and the official script's other files are not.
 """
 
@@ -19,7 +21,7 @@ from vlmamba.errors import MissingFileError
 from vlmamba.evaluation import Sample, Score, Task
 from vlmamba.evaluation import layouts as lay
 from vlmamba.evaluation.scorers.gqa import gqa, gqa_prediction
-from vlmamba.evaluation.task import Reference, Scorer
+from vlmamba.evaluation.task import Record, Reference, Scorer
 
 LLAVA = "llava_gqa_testdev_balanced.jsonl"
 FOLDERS = ("", "data", "data/questions1.2", "questions", "data/questions")
@@ -105,6 +107,7 @@ def _task(
         samples=samples,
         score=_scorer(style, lay.read_document(valid).value if valid else None),
         description=f"GQA {tier}: compositional questions on real pictures, exact match.",
+        reads="record",
         submission=_submission,
         reader=lay.join_by_id("questionId", "prediction"),
         references=references,
@@ -254,27 +257,36 @@ def _read_stored(place: Path | str, benchmark: lay.Benchmark) -> list[Sample]:
 
 
 def _scorer(style: str, choices: Any) -> Scorer:
-    def score(samples: Sequence[Sample], predictions: Sequence[str | None]) -> Score:
+    def score(samples: Sequence[Sample], records: Sequence[Record | None]) -> Score:
         questions = {str(s.question_id): s.metadata["row"] for s in samples}
         entailed = {key for row in questions.values() for key in row.get("entailed") or ()}
         whole = any(not row.get("isBalanced", True) for row in questions.values()) and entailed <= set(
             questions
         )
-        given = {str(s.question_id): p for s, p in zip(samples, predictions, strict=True)}
-        return gqa(given, questions, choices=choices, consistency=whole, style=style)
+        given = {
+            str(s.question_id): None if r is None else r["text"]
+            for s, r in zip(samples, records, strict=True)
+        }
+        converted = style == "llava" and any(map(lay.in_own_layout, records))
+        how = "raw" if converted else style
+        return gqa(given, questions, choices=choices, consistency=whole, style=how)
 
     return score
 
 
-def _submission(samples: Sequence[Sample], predictions: Sequence[str | None], path: Path) -> Path:
+def _submission(samples: Sequence[Sample], records: Sequence[Record | None], path: Path) -> Path:
     """The predictions file of the official script, as LLaVA's converter writes it."""
-    missing = [s.question_id for s, p in zip(samples, predictions, strict=True) if p is None]
+    missing = [s.question_id for s, r in zip(samples, records, strict=True) if r is None]
     if missing:
         raise lay.strange_ids(
             path, missing, "have no answer, and the official script takes no file without them"
         )
     rows = [
-        {"questionId": s.question_id, "prediction": gqa_prediction(p or "")}
-        for s, p in zip(samples, predictions, strict=True)
+        {
+            "questionId": str(s.question_id),
+            "prediction": r["text"] if lay.in_own_layout(r) else gqa_prediction(r["text"]),
+        }
+        for s, r in zip(samples, records, strict=True)
+        if r is not None
     ]
     return lay.write_json(path, rows)

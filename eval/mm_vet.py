@@ -16,6 +16,7 @@ from typing import Any
 from vlmamba.errors import DataError, MissingFileError
 from vlmamba.evaluation import Sample, Score, Task
 from vlmamba.evaluation import layouts as lay
+from vlmamba.evaluation.records import read_records
 from vlmamba.evaluation.scorers.mm_vet import mm_vet, mm_vet_submission
 from vlmamba.evaluation.task import Record, Reference
 
@@ -149,11 +150,16 @@ def _score(samples: Sequence[Sample], records: Sequence[Record | None]) -> Score
 
 
 def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
-    """The evaluator's grades file (grades under "score"), or a submission (texts), both by ``v1_n``."""
+    """The evaluator's grades file (grades under "score") or a submission (texts), both by ``v1_n``; or LLaVA's answers,
+    whose ids may be n where the questions' are ``v1_n``.
+    """
+    ids = {_key(s.question_id): s.question_id for s in samples}
     document = lay.read_own(path)
+    if document is None and path.is_file():
+        records = read_records(path)
+        return [{**r, "question_id": ids.get(_key(r["question_id"]), r["question_id"])} for r in records]
     if document is None or document.kind != "object":
         return None
-    ids = {_key(s.question_id): s.question_id for s in samples}
     strange = [key for key in document.value if key not in ids]
     if strange:
         raise lay.strange_ids(path, strange, f"are not among the {len(ids)} of MM-Vet asked")

@@ -310,6 +310,12 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
     records = lay.read_table_answers(path, "index", "prediction")
     if records is None:
         return None
+    bad = []
     for record in records:
-        record["question_id"] = int(float(record["question_id"]))
+        try:
+            record["question_id"] = int(float(record["question_id"]))
+        except (ValueError, OverflowError):
+            bad.append(record["question_id"])
+    if bad:
+        raise lay.strange_ids(path, bad, "have an index that is no number")
     return records

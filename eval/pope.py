@@ -254,5 +254,5 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
 
 
 def _same_question(row: Any, sample: Sample) -> bool:
-    given = row.get("question")
-    return given is None or sample.text in (given, lay.with_suffix(given))
+    given = row.get("question", sample.text)
+    return isinstance(given, str) and sample.text in (given, lay.with_suffix(given))

@@ -18,7 +18,7 @@ from vlmamba.errors import DataError, MissingFileError
 from vlmamba.evaluation import Sample, Score, Task
 from vlmamba.evaluation import layouts as lay
 from vlmamba.evaluation.scorers.scienceqa import scienceqa
-from vlmamba.evaluation.task import Record, Reference, Scorer
+from vlmamba.evaluation.task import Reader, Record, Reference, Scorer
 
 LETTERS = "ABCDE"
 LLAVA = "llava_test_CQM-A.json"
@@ -84,7 +84,7 @@ def _task(
         score=_scorer(style),
         max_new_tokens=1024,
         description="ScienceQA: school questions with options; accuracy on those with a picture.",
-        reader=_read_answers,
+        reader=_reader(part=pictured),
         references=REFERENCES if style == "llava" else (),
         settings={"split": split, "prompt": prompt, "letters": style},
     )
@@ -201,11 +201,22 @@ def _scorer(style: str) -> Scorer:
     return score
 
 
-def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
-    """LLaVA's result file: an object whose "outputs" has the text for each problem (FAILED: not answered)."""
-    document = lay.read_own(path)
-    if document is None or document.kind != "object" or not isinstance(document.value.get("outputs"), dict):
-        return None
-    asked = {s.question_id for s in samples}
-    outputs = document.value["outputs"].items()
-    return [lay.as_record(pid, text) for pid, text in outputs if pid in asked and text != "FAILED"]
+def _reader(part: bool) -> Reader:
+    """LLaVA's result file: an object whose "outputs" has the text for each problem (FAILED: not answered). Where only
+    a part of the problems is asked, those of the others are left out.
+    """
+
+    def read(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
+        document = lay.read_own(path)
+        if (
+            document is None
+            or document.kind != "object"
+            or not isinstance(document.value.get("outputs"), dict)
+        ):
+            return None
+        asked = {s.question_id for s in samples}
+        outputs = document.value["outputs"].items()
+        given = [(pid, text) for pid, text in outputs if text != "FAILED" and (pid in asked or not part)]
+        return [lay.as_record(pid, text) for pid, text in given]
+
+    return read

@@ -216,16 +216,17 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
     """LLaVA's answers, whatever of OCR tokens their prompts have; or the server's array, by official id."""
     official = {s.metadata["official_id"]: s for s in samples}
     if (document := lay.read_own(path)) is not None:
-        if document.kind == "object" or not document.has("question_id", "answer"):
+        rows = lay.answer_rows(document, "question_id", "answer")
+        if rows is None:
             return None
-        strange = [row["question_id"] for row in document.rows if row["question_id"] not in official]
+        strange = [row["question_id"] for row in rows if row["question_id"] not in official]
         if strange:
             raise lay.strange_ids(path, strange, "are not asked by TextVQA's validation split")
         return [
             lay.as_record(
                 official[row["question_id"]].question_id, row["answer"], official[row["question_id"]].text
             )
-            for row in document.rows
+            for row in rows
         ]
     if path.is_dir():
         return None
@@ -233,7 +234,10 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
     records = read_records(path)
     for record in records:
         if record.get("prompt"):
-            key = (str(record["question_id"]), textvqa_question(record["prompt"]))
+            try:
+                key = (str(record["question_id"]), textvqa_question(record["prompt"]))
+            except DataError as error:
+                raise DataError(f"{path}, question {record['question_id']!r}: {error}") from error
             record["prompt"] = text_of.get(key, record["prompt"])
     return records
 

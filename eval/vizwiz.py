@@ -5,6 +5,7 @@
     vizwiz_official  val, the official rule on the answer as the model wrote it
     vizwiz_lmms   val by lmms-eval's rule, m4c on both sides: much more lenient
 
+Answers in the server's layout (image, answer) are ready for the server: they do not pass the m4c processor again.
 The official script takes the annotators' answers as they are written, capitals and full stops included.
 """
 
@@ -77,6 +78,7 @@ def _task(
         if labelled
         else lay.no_labels("VizWiz accuracy", f"this split of VizWiz has no public answers: {SERVER}"),
         description="VizWiz: questions of blind people about their photographs, credit by ten annotators.",
+        reads="record",
         submission=_submission,
         reader=_read_answers,
         references=references,
@@ -141,15 +143,16 @@ def _read_stored(place: Path | str, benchmark: lay.Benchmark) -> list[Sample]:
 
 
 def _scorer(style: str) -> Scorer:
-    def score(samples: Sequence[Sample], predictions: Sequence[str | None]) -> Score:
+    def score(samples: Sequence[Sample], records: Sequence[Record | None]) -> Score:
         types = [s.category for s in samples]
         answerable: list[Any] = [s.metadata.get("answerable") for s in samples]
+        uploaded = style == "llava" and any(map(lay.in_own_layout, records))
         return vizwiz(
-            predictions,
+            [None if r is None else r["text"] for r in records],
             [s.answer for s in samples],
             answer_types=types if all(types) else None,
             answerable=None if None in answerable else answerable,
-            style=style,
+            style="official" if uploaded else style,
             ids=[s.question_id for s in samples],
         )
 
@@ -170,13 +173,17 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
     )
 
 
-def _submission(samples: Sequence[Sample], predictions: Sequence[str | None], path: Path) -> Path:
+def _submission(samples: Sequence[Sample], records: Sequence[Record | None], path: Path) -> Path:
     """LLaVA's array: picture and answer through the m4c processor, in the questions' order, all of them."""
-    missing = [s.question_id for s, p in zip(samples, predictions, strict=True) if p is None]
+    missing = [s.question_id for s, p in zip(samples, records, strict=True) if p is None]
     if missing:
         raise lay.strange_ids(path, missing, f"of {len(samples)} have no answer, and the server wants all")
     rows = [
-        {"image": s.metadata["image"], "answer": normalise_m4c(p or "")}
-        for s, p in zip(samples, predictions, strict=True)
+        {
+            "image": s.metadata["image"],
+            "answer": r["text"] if lay.in_own_layout(r) else normalise_m4c(r["text"]),
+        }
+        for s, r in zip(samples, records, strict=True)
+        if r is not None
     ]
     return lay.write_json(path, rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.errors import ConfigError, DataError, MissingFileError
+from vlmamba.evaluation.layouts.files import read_document
 from vlmamba.evaluation.records import Record, read_records, record_key
 from vlmamba.evaluation.scoring import given_answers, score_records
 from vlmamba.evaluation.task import Task, load_task
@@ -89,14 +90,27 @@ def read_answers(task: Task, path: str | Path) -> list[Record]:
     if records is None:
         records = [record for part in _parts(file) for record in _lines(part, task)]
     if not records:
-        raise DataError(f"{file} holds no answer")
-    empty = [r["question_id"] for r in records if not isinstance(r["text"], str | int | float)]
+        raise DataError(f"{file} holds no answer{_found_instead(file, task)}")
+    empty = [r for r in records if not isinstance(r["text"], str | int | float)]
     if empty:
+        examples = ", ".join(f"{r['question_id']!r} ({r['text']!r:.40})" for r in empty[:3])
         raise DataError(
-            f"{file}: {len(empty)} answer(s) are no text, such as that to question {empty[0]!r}: leave the line "
-            "out where there is no answer"
+            f"{file}: {len(empty)} of {len(records)} answers are no text, such as those to the questions {examples}: "
+            "leave a question out where there is no answer"
         )
     return records
+
+
+def _found_instead(file: Path, task: Task) -> str:
+    """What a file holds that is no answer to the task, in words."""
+    if not file.is_file() or _is_empty(file):
+        return ""
+    try:
+        found = read_document(file).summary
+    except DataError as error:
+        return f": {error}"
+    own = " nor the benchmark's own layout" if task.reader is not None else ""
+    return f" to {task.name!r}: {found}. That is neither LLaVA's answer layout (question_id, text){own}"
 
 
 def match_answers(
@@ -112,17 +126,17 @@ def match_answers(
     unique = len(by_id) == len(task.samples)
     keys = [by_id.get(record_key(r)[0], record_key(r)) if unique else record_key(r) for r in records]
     asked, given = {sample.key for sample in task.samples}, Counter(keys)
-    double = [key[0] for key, count in given.items() if count > 1]
-    strange = [key[0] for key in given if key not in asked]
-    missing = [] if allow_missing else [s.key[0] for s in task.samples if s.key not in given]
+    double = [key for key, count in given.items() if count > 1]
+    strange = [key for key in given if key not in asked]
+    missing = [] if allow_missing else [s.key for s in task.samples if s.key not in given]
     sizes = f"the file has {len(records)} answers, the task {len(task.samples)} questions"
     if len(strange) == len(given):
-        known = any(key in by_id for key in strange)
+        known = any(key in by_id for key, _ in strange)
         why = (
             "their ids are the task's, their prompts are not: ids are not unique here, so each line needs "
             f'"prompt" with the question as it was asked, such as {task.samples[0].text!r}'
             if known and not unique
-            else f"ids are such as {', '.join(map(repr, strange[:3]))}, the task's such as "
+            else f"ids are such as {', '.join(repr(key) for key, _ in strange[:3])}, the task's such as "
             f"{', '.join(repr(s.key[0]) for s in task.samples[:3])}. Is this the file of another task?"
         )
         raise DataError(f"{path}: no answer is to a question of {task.name!r}; {why} ({sizes})")
@@ -132,8 +146,11 @@ def match_answers(
         (missing, "not answered"),
     ):
         if ids:
-            examples = ", ".join(repr(i) for i in ids[:3])
-            advice = " (allow_missing counts them as wrong)" if ids is missing else ""
+            examples = ", ".join(
+                repr(key) if unique else f"{key!r} ({prompt.partition(chr(10))[0]!r:.80})"
+                for key, prompt in ids[:3]
+            )
+            advice = " (--allow-missing counts them as wrong)" if ids is missing else ""
             raise DataError(f"{path}: {len(ids)} question(s) {what}{advice}, such as {examples}; {sizes}")
     return dict(zip(keys, records, strict=True))
 

@@ -195,7 +195,9 @@ def test_what_is_wrong_is_said(files, val, load, score):
 
 def test_null_answers_are_refused(files, val, score):
     rows = [{"question_id": i, "text": None if i == 2 else "x"} for i in GOLD]
-    with pytest.raises(DataError, match=r"1 answer\(s\) are no text, such as that to question 2"):
+    with pytest.raises(
+        DataError, match=r"1 of 3 answers are no text, such as those to the questions 2 \(None\)"
+    ):
         score("vqav2_val", files.lines("a.jsonl", rows), val)
 
 

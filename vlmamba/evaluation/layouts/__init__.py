@@ -11,7 +11,9 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from vlmamba.evaluation.layouts.answers import (
+    answer_rows,
     as_record,
+    in_own_layout,
     join_by_id,
     join_by_position,
     log_odds,
@@ -52,9 +54,11 @@ __all__ = [
     "UNANSWERABLE",
     "Benchmark",
     "Document",
+    "answer_rows",
     "as_record",
     "cannot_ask",
     "find_data",
+    "in_own_layout",
     "is_stored",
     "join_by_id",
     "join_by_position",

@@ -16,10 +16,16 @@ from vlmamba.evaluation.layouts.files import Document, read_document
 from vlmamba.evaluation.records import Record
 from vlmamba.evaluation.task import Reader, Sample
 
+OWN = "official"
+"""What ``metadata["layout"]`` of an answer says that stood in a file of the benchmark's own layout."""
+
 
 def as_record(question_id: Any, text: Any, prompt: str = "", **metadata: Any) -> Record:
-    """A record; an answer that is None is an empty one."""
-    record = {"question_id": question_id, "prompt": prompt, "text": "" if text is None else str(text)}
+    """A record; a number is the text that it is printed as, and what else is no text stays for the reader to
+    refuse.
+    """
+    written = str(text) if isinstance(text, int | float) else text
+    record = {"question_id": question_id, "prompt": prompt, "text": written}
     return {**record, "metadata": metadata} if metadata else record
 
 
@@ -39,15 +45,37 @@ def join_by_id(id_key: str, text_key: str) -> Reader:
     """A reader of JSON arrays or lines of ``{id_key: ..., text_key: ...}``."""
 
     def read(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
-        document = read_own(path)
-        if document is None or document.kind == "object" or not document.has(id_key, text_key):
-            return None
-        for at, row in enumerate(document.rows):
-            if not isinstance(row, dict) or id_key not in row or text_key not in row:
-                raise DataError(f"{document.where(at)}: an answer needs {id_key} and {text_key}")
-        return [as_record(row[id_key], row[text_key]) for row in document.rows]
+        rows = answer_rows(read_own(path), id_key, text_key)
+        own = {"layout": OWN}
+        return None if rows is None else [as_record(row[id_key], row[text_key], **own) for row in rows]
 
     return read
+
+
+def answer_rows(document: Document | None, id_key: str, text_key: str) -> list[dict[str, Any]] | None:
+    """The rows ``{id_key: ..., text_key: ...}`` of an answer file; None where it is of another layout.
+
+    Raises:
+        DataError: Some rows lack a key, or have an id that is neither text nor whole number.
+    """
+    if document is None or document.kind == "object" or not document.has(id_key, text_key):
+        return None
+    bad = [
+        document.where(at)
+        for at, row in enumerate(document.rows)
+        if not isinstance(row, dict) or text_key not in row or not isinstance(row.get(id_key), str | int)
+    ]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(document.rows)} rows are no answers, such as {', '.join(bad[:3])}: each needs "
+            f"{id_key} (a text or whole number) and {text_key}"
+        )
+    return document.rows
+
+
+def in_own_layout(record: Record | None) -> bool:
+    """Whether an answer came in the benchmark's own layout, ready for the official script."""
+    return record is not None and (record.get("metadata") or {}).get("layout") == OWN
 
 
 def join_by_position(
