@@ -8,8 +8,9 @@ import pytest
 
 from vlmamba.cli import main
 from vlmamba.errors import ConfigError, DataError, MissingFileError
+from vlmamba.evaluation.bootstrap import paired_interval
 from vlmamba.evaluation.cli import write_json
-from vlmamba.evaluation.compare import compare_runs, format_comparison, paired_interval
+from vlmamba.evaluation.compare import compare_runs, format_comparison
 from vlmamba.evaluation.compare_page import write_comparison
 from vlmamba.evaluation.records import RecordFile
 from vlmamba.evaluation.scoring import score_records
@@ -92,7 +93,10 @@ def test_differences_flips_and_their_page(tmp_path, tasks):
     assert [f.sample.question_id for f in task.flips if f.change < 0] == [39]
     text = format_comparison(comparison)
     assert "overall" in text
-    assert "+45.00" in text
+    low, high = task.interval
+    assert 0 < low < 45 < high
+    assert task.interval == pytest.approx((100 * rows["overall"].low, 100 * rows["overall"].high))
+    assert f"50.0 % -> 95.0 % (+45.00, 95 % interval {low:+.2f} to {high:+.2f})" in text
     page = write_comparison(tmp_path / "c.html", comparison, flips=5).read_text()
     assert "5 of 19 shown" in page
     assert "1 of 1 shown" in page

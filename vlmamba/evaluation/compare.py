@@ -1,8 +1,9 @@
 """Two or more evaluations compared question by question.
 
 Runs answer the same questions, so their difference is measured far more sharply than either figure: intervals
-come from resampling questions together with both runs' credits (paired bootstrap; Efron and Tibshirani, An
-Introduction to the Bootstrap, 1993, ch. 10 and 13). Questions that are scored together are resampled together.
+come from resampling questions together with what both runs earned (`vlmamba.evaluation.bootstrap`): of the task's own
+headline (mean F1, points, circular accuracy) and of mean credit for every kind of question. Questions that are scored
+together are resampled together.
 """
 
 from __future__ import annotations
@@ -14,19 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlmamba.errors import ConfigError, DataError, MissingFileError
+from vlmamba.evaluation.bootstrap import headline_interval, paired_interval
 from vlmamba.evaluation.cli import RESULTS_FILE, reload_task
 from vlmamba.evaluation.records import read_records, record_key
 from vlmamba.evaluation.scorers import Score
-from vlmamba.evaluation.scoring import score_answers
+from vlmamba.evaluation.scoring import headline, score_answers
 from vlmamba.evaluation.tables import figure, percent, text_table
 from vlmamba.evaluation.task import Sample, Task, first_questions
 
-RESAMPLES = 10_000
-LOW, HIGH = 2.5, 97.5
-"""Percentiles of the interval."""
 DESCRIBING = ("model", "dtype", "method", "rank_by", "max_new_tokens", "processor")
 """Settings that may differ between runs and then are shown."""
 
@@ -66,7 +63,9 @@ class TaskComparison:
     """One task in two runs.
 
     Attributes:
-        unit: Of the headlines, which are the task's own figure (F1, points, ...) without an interval.
+        unit: Of the headlines, which are the task's own figure (F1, points, ...).
+        interval: 95 % interval of the headlines' difference, in their unit; None where it cannot be had (an area
+            under a curve, or no headline).
         rows: Overall first, then every kind of question; empty where only a server knows what is right.
         changed: Answers whose text differs.
         settings: Settings that differ: name -> (first, other).
@@ -78,6 +77,7 @@ class TaskComparison:
     first_value: float | None
     other_value: float | None
     unit: str
+    interval: tuple[float, float] | None
     rows: Sequence[Difference]
     flips: Sequence[Flip]
     changed: int
@@ -159,43 +159,12 @@ def compare_runs(
     return Comparison(labels, compared, left_out)
 
 
-def paired_interval(
-    differences: Sequence[float],
-    groups: Sequence[Hashable] = (),
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean difference.
-
-    Groups enter the mean only through the sum and the number of their differences, and these take few values;
-    so the number of times that each value is drawn is drawn at once (a multinomial), which is the same as
-    drawing groups one by one, and fast for any number of questions.
-
-    Args:
-        differences: Of each question.
-        groups: Questions with the same value are drawn together; each by itself when empty.
-        resamples: How many.
-        seed: Of the draws.
-    """
-    sums: dict[Hashable, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for at, difference in enumerate(differences):
-        entry = sums[groups[at] if groups else at]
-        entry[0] += difference
-        entry[1] += 1
-    values, times = np.unique(np.round(list(sums.values()), 9), axis=0, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(times.sum(), times / times.sum(), size=resamples)
-    totals = draws @ values
-    low, high = np.percentile(totals[:, 0] / totals[:, 1], [LOW, HIGH])
-    return float(low), float(high)
-
-
 def format_comparison(comparison: Comparison) -> str:
     """Text tables for a terminal."""
     parts = [f"compared with {comparison.runs[0]}"]
     for task in comparison.tasks:
         values = " -> ".join(figure(value, task.unit) for value in (task.first_value, task.other_value))
-        lines = [f"{task.task}, {task.other}: {task.headline} {values}"]
+        lines = [f"{task.task}, {task.other}: {task.headline} {values}{headline_difference(task)}"]
         if task.rows:
             header = [
                 "kind of question",
@@ -231,6 +200,14 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n\n".join(parts)
 
 
+def headline_difference(task: TaskComparison) -> str:
+    """The difference of two headlines with its interval, in words; nothing where there is no interval."""
+    if task.interval is None or task.first_value is None or task.other_value is None:
+        return ""
+    low, high = task.interval
+    return f" ({task.other_value - task.first_value:+.2f}, 95 % interval {low:+.2f} to {high:+.2f})"
+
+
 def points(share: float) -> str:
     """A difference of shares in percentage points, with its sign."""
     return f"{100 * share:+.2f}"
@@ -262,6 +239,7 @@ def _compare(
     first, other = answers
     changes: list[float] = []
     rows: list[Difference] = []
+    interval = None
     if first.score.correct:
         credits_ = [
             (float(a), float(b)) for a, b in zip(first.score.correct, other.score.correct, strict=True)
@@ -270,6 +248,7 @@ def _compare(
         groups = first.score.groups or [
             at if sample.group is None else ("group", sample.group) for at, sample in enumerate(samples)
         ]
+        interval = headline_interval(first.score, other.score, groups, seed=seed)
         kinds: dict[str, list[int]] = {"overall": list(range(len(samples)))}
         for at, sample in enumerate(samples):
             if sample.category:
@@ -284,7 +263,7 @@ def _compare(
         for at, change in enumerate(changes)
         if change
     ]
-    headlines = [result.get("headline") or {"name": "", "value": None, "unit": ""} for result in results]
+    headlines = [headline(task, answer.score.metrics) for answer in answers]
     settings = [result.get("settings", {}) for result in results]
     return TaskComparison(
         task.name,
@@ -293,6 +272,7 @@ def _compare(
         headlines[0]["value"],
         headlines[1]["value"],
         headlines[0]["unit"],
+        interval,
         rows,
         flips,
         sum(a != b for a, b in texts),

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmamba.evaluation.compare import Comparison, Difference, Flip, TaskComparison, points
+from vlmamba.evaluation.compare import (
+    Comparison,
+    Difference,
+    Flip,
+    TaskComparison,
+    headline_difference,
+    points,
+)
 from vlmamba.evaluation.gallery import accepted, data_uri
 from vlmamba.evaluation.tables import figure, percent
 from vlmamba.evaluation.templating import template, write_page
@@ -40,6 +47,7 @@ def _task(task: TaskComparison, flips: int, seed: int) -> dict[str, Any]:
         "other": task.other,
         "headline": task.headline,
         "figures": [figure(value, task.unit) for value in (task.first_value, task.other_value)],
+        "difference": headline_difference(task),
         "rows": [_row(row, max(reach, 1e-9)) for row in task.rows],
         "settings": task.settings,
         "changed": task.changed,

@@ -8,7 +8,7 @@ for each question (which paired comparisons need), and what each answer was read
 
 from __future__ import annotations
 
-from vlmamba.evaluation.scorers.base import Score, rate, rates, wilson_interval
+from vlmamba.evaluation.scorers.base import Headline, Score, rate, rates, wilson_interval
 from vlmamba.evaluation.scorers.exact_match import exact_match, is_match, normalise
 from vlmamba.evaluation.scorers.gqa import gqa, gqa_prediction
 from vlmamba.evaluation.scorers.hateful_memes import hateful_memes
@@ -24,6 +24,7 @@ from vlmamba.evaluation.scorers.vqa_text import normalise_m4c, normalise_vizwiz,
 from vlmamba.evaluation.scorers.yes_no import read_yes_no
 
 __all__ = [
+    "Headline",
     "Score",
     "auroc",
     "average_precision",

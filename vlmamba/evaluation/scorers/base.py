@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 Z95 = 1.959963984540054
 """The 97.5 % point of the standard normal distribution."""
+
+
+class Headline(NamedTuple):
+    """A headline as a function of sums over questions, so that it can be had from any sample of them.
+
+    Attributes:
+        rows: What each question adds to the sums; all of the same length.
+        value: From the sums to the headline, in its unit; None where it is not defined.
+    """
+
+    rows: Sequence[Sequence[float]]
+    value: Callable[[Sequence[float]], float | None]
+
+    @classmethod
+    def share(cls, credits_: Sequence[float], inside: Sequence[bool] | None = None) -> Headline:
+        """Mean credit in percent, over all questions or those `inside`."""
+        counted = [True] * len(credits_) if inside is None else inside
+        rows = [(float(c), 1.0) if flag else (0.0, 0.0) for c, flag in zip(credits_, counted, strict=True)]
+        return cls(rows, lambda sums: 100 * sums[0] / sums[1] if sums[1] else None)
 
 
 class Score(NamedTuple):
@@ -24,6 +43,7 @@ class Score(NamedTuple):
         parsed: What each answer was read as, None where nothing was; empty when the scorer reads nothing.
         groups: Questions with the same value are resampled together (the two questions on a picture of MME,
             the rotations of a question of MMBench); empty when every question stands alone.
+        headline: How the headline comes of the questions, where it is not the mean of `correct` in percent.
     """
 
     metrics: dict[str, Any]
@@ -31,6 +51,7 @@ class Score(NamedTuple):
     unparsable: int
     parsed: Sequence[str | None] = ()
     groups: Sequence[Hashable] = ()
+    headline: Headline | None = None
 
 
 def rate(correct: float, total: int) -> dict[str, Any]:

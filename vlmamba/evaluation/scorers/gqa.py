@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmamba.errors import DataError
-from vlmamba.evaluation.scorers.base import Score, add, rate, rates
+from vlmamba.evaluation.scorers.base import Headline, Score, add, rate, rates
 from vlmamba.evaluation.scorers.checks import check_style, check_texts
 
 NO_STEP = ("exist", "query: name", "choose name")
@@ -108,7 +108,8 @@ def gqa(
     metrics["headline"] = {"name": "GQA accuracy", "value": official["accuracy"], "unit": "%"}
     metrics["style"] = style
     unparsable = sum(parsed[key] == "" for key in balanced)
-    return Score(metrics, list(right.values()), unparsable, list(parsed.values()))
+    headline = Headline.share(list(right.values()), [key in balanced for key in questions])
+    return Score(metrics, list(right.values()), unparsable, list(parsed.values()), headline=headline)
 
 
 def _check(

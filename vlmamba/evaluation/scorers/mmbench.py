@@ -19,7 +19,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from vlmamba.errors import DataError
-from vlmamba.evaluation.scorers.base import Score, rate, rates
+from vlmamba.evaluation.scorers.base import Headline, Score, rate, rates
 from vlmamba.evaluation.scorers.checks import check_ids, check_lengths, check_one_of, check_style, check_texts
 
 ROTATION = 1_000_000
@@ -184,7 +184,11 @@ def mmbench(
         "style": style,
     }
     unparsable = sum(letter is None and p is not None for letter, p in zip(parsed, predictions, strict=True))
-    return Score(metrics, correct, unparsable, parsed, questions)
+    hit = dict(zip(main, hits, strict=True))
+    headline = Headline.share(
+        [hit.get(row, False) for row in range(len(indices))], [row in hit for row in range(len(indices))]
+    )
+    return Score(metrics, correct, unparsable, parsed, questions, headline)
 
 
 def _check_indices(indices: Sequence[Hashable]) -> None:

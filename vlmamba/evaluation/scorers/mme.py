@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from vlmamba.errors import DataError
-from vlmamba.evaluation.scorers.base import Score, rate, rates
+from vlmamba.evaluation.scorers.base import Headline, Score, rate, rates
 from vlmamba.evaluation.scorers.checks import check_ids, check_lengths, check_one_of, check_style, check_texts
 from vlmamba.evaluation.scorers.yes_no import read_yes_no_vlmevalkit
 
@@ -112,7 +112,30 @@ def mme(
     }
     unread = sum(a == OTHER and p is not None for a, p in zip(parsed, predictions, strict=True))
     read = [None if a == OTHER and p is None else a for a, p in zip(parsed, predictions, strict=True)]
-    return Score(metrics, correct, unread, read, groups)
+    return Score(metrics, correct, unread, read, groups, _perception(correct, categories, pairs))
+
+
+def _perception(
+    correct: Sequence[bool],
+    categories: Sequence[str],
+    pairs: dict[tuple[str, Hashable], list[int]],
+) -> Headline:
+    """Points from questions right and pictures with both right of each subtask, of so many pictures."""
+    names = [name for name in SUBTASKS["Perception"] if name in categories]
+    rows = [[0.0] * (3 * len(names)) for _ in correct]
+    for (name, _), (one, two) in pairs.items():
+        if name in names:
+            right = correct[one] + correct[two]
+            start = 3 * names.index(name)
+            rows[one][start : start + 3] = [right, right == 2, 1.0]
+
+    def value(sums: Sequence[float]) -> float | None:
+        subtasks = [sums[at : at + 3] for at in range(0, len(sums), 3)]
+        if not all(pictures for _, _, pictures in subtasks):
+            return None
+        return float(sum(100 * right / (2 * n) + 100 * both / n for right, both, n in subtasks))
+
+    return Headline(rows, value)
 
 
 def _pairs(groups: Sequence[tuple[str, Hashable]]) -> dict[tuple[str, Hashable], list[int]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from vlmamba.evaluation.scorers.base import Score, add, rate, rates
+from vlmamba.evaluation.scorers.base import Headline, Score, add, rate, rates
 from vlmamba.evaluation.scorers.checks import (
     check_ids,
     check_lengths,
@@ -100,7 +100,24 @@ def pope(
         "style": style,
     }
     unparsable = sum(a is None and p is not None for a, p in zip(parsed, predictions, strict=True))
-    return Score(metrics, correct, unparsable, parsed)
+    return Score(metrics, correct, unparsable, parsed, headline=_mean_f1(parsed, truth, names, style))
+
+
+def _mean_f1(
+    parsed: Sequence[str | None], truth: Sequence[str], names: Sequence[str], style: str
+) -> Headline:
+    """The mean F1 from four counts of each split."""
+    first = {name: 4 * at for at, name in enumerate(sorted(set(names)))}
+    rows = []
+    for answer, label, name in zip(parsed, truth, names, strict=True):
+        row = [0.0] * (4 * len(first))
+        row[first[name] : first[name] + 4] = _counts([(answer, label)], style)
+        rows.append(row)
+
+    def value(sums: Sequence[float]) -> float:
+        return 100 * add(BinaryCounts(*sums[at : at + 4]).f1 for at in first.values()) / len(first)
+
+    return Headline(rows, value)
 
 
 _PRINTED = {
@@ -116,21 +133,24 @@ _PRINTED = {
 }
 
 
-def _figures(pairs: Sequence[tuple[str | None, str]], style: str) -> dict[str, Any]:
-    """Figures of (read answer, label) pairs."""
+def _counts(pairs: Sequence[tuple[str | None, str]], style: str) -> BinaryCounts:
     tp = sum(answer == "yes" == label for answer, label in pairs)
     fp = sum(answer == "yes" != label for answer, label in pairs)
     tn = sum(answer == "no" == label for answer, label in pairs)
-    unread = sum(answer is None for answer, _ in pairs)
     unread_yes = sum(answer is None and label == "yes" for answer, label in pairs)
     said_no = sum(answer == "no" != label for answer, label in pairs)
+    return BinaryCounts(tp, fp, tn, said_no if style == "lmms" else said_no + unread_yes)
+
+
+def _figures(pairs: Sequence[tuple[str | None, str]], style: str) -> dict[str, Any]:
+    """Figures of (read answer, label) pairs."""
+    counts = _counts(pairs, style)
     lmms = style == "lmms"
-    counts = BinaryCounts(tp, fp, tn, said_no if lmms else said_no + unread_yes)
-    yes = sum(label == "yes" for _, label in pairs) if lmms else tp + fp
+    yes = sum(label == "yes" for _, label in pairs) if lmms else counts.tp + counts.fp
     return {
         **counts._asdict(),
-        "unread": unread,
-        "accuracy": (tp + tn) / len(pairs),
+        "unread": sum(answer is None for answer, _ in pairs),
+        "accuracy": (counts.tp + counts.tn) / len(pairs),
         "precision": counts.precision,
         "recall": counts.recall,
         "f1": counts.f1,
@@ -192,7 +212,22 @@ def pope_likelihood(
         },
         "headline": {"name": "POPE mean accuracy (likelihood)", "value": 100 * mean, "unit": "%"},
     }
-    return Score(metrics, correct, 0, parsed)
+    return Score(metrics, correct, 0, parsed, headline=_mean_accuracy(correct, names))
+
+
+def _mean_accuracy(correct: Sequence[bool], names: Sequence[str]) -> Headline:
+    """The mean accuracy from right and asked of each split."""
+    splits = sorted(set(names))
+    rows = [
+        [float(flag) for split in splits for flag in (ok and name == split, name == split)]
+        for ok, name in zip(correct, names, strict=True)
+    ]
+
+    def value(sums: Sequence[float]) -> float | None:
+        shares = [right / asked for right, asked in zip(sums[::2], sums[1::2], strict=True) if asked]
+        return 100 * add(shares) / len(splits) if len(shares) == len(splits) else None
+
+    return Headline(rows, value)
 
 
 def _areas(rows: Sequence[tuple[float | None, str, bool]]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ class BinaryCounts(NamedTuple):
     by zero.
     """
 
-    tp: int
-    fp: int
-    tn: int
-    fn: int
+    tp: float
+    fp: float
+    tn: float
+    fn: float
 
     @property
     def precision(self) -> float:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from vlmamba.evaluation.scorers.base import Score, rate
+from vlmamba.evaluation.scorers.base import Headline, Score, rate
 from vlmamba.evaluation.scorers.checks import check_ids, check_lengths, check_numbers, check_one_of
-from vlmamba.evaluation.scorers.ranking import binary_counts
+from vlmamba.evaluation.scorers.ranking import BinaryCounts, binary_counts
 
 
 def sarcasm(
@@ -69,4 +69,7 @@ def sarcasm(
         "official": official,
         "headline": {"name": "Sarcasm F1", "value": 100 * official["f1"], "unit": "%"},
     }
-    return Score(metrics, correct, 0, [None if d is None else str(int(d)) for d in decisions])
+    rows = [binary_counts([d is True], [label]) for d, label in zip(decisions, labels, strict=True)]
+    headline = Headline(rows, lambda sums: 100 * BinaryCounts(*sums).f1)
+    read = [None if d is None else str(int(d)) for d in decisions]
+    return Score(metrics, correct, 0, read, headline=headline)

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from vlmamba.errors import DataError
-from vlmamba.evaluation.scorers.base import Score, rate, rates
+from vlmamba.evaluation.scorers.base import Headline, Score, rate, rates
 from vlmamba.evaluation.scorers.checks import check_ids, check_lengths, check_style, check_texts, place
 
 OPTIONS = "ABCDE"
@@ -113,7 +113,7 @@ def scienceqa(
         "style": style,
     }
     unread = [letter is None and p is not None for letter, p in zip(parsed, predictions, strict=True)]
-    return Score(metrics, correct, sum(unread), parsed)
+    return Score(metrics, correct, sum(unread), parsed, headline=Headline.share(correct, pictured))
 
 
 def _check(problems: Sequence[Mapping[str, Any]], ids: Sequence[Hashable] | None) -> None:
