@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmamba.ssm import ScanSpec, selective_scan
@@ -62,7 +63,12 @@ def run_with_gradients() -> Callable[..., dict[str, Tensor]]:
     """Runs a scan in some dtype and gives its outputs and all gradients, in float64, by name."""
 
     def run(
-        inputs: dict[str, Tensor], dtype: torch.dtype, function=selective_scan, **options
+        inputs: dict[str, Tensor],
+        dtype: torch.dtype,
+        function=selective_scan,
+        scale: Tensor | None = None,
+        positive: bool = False,
+        **options,
     ) -> dict[str, Tensor]:
         leaves = {name: tensor.to(dtype).detach().clone().requires_grad_() for name, tensor in inputs.items()}
         outputs = function(**leaves, **options)
@@ -72,6 +78,9 @@ def run_with_gradients() -> Callable[..., dict[str, Tensor]]:
         for output in outputs:
             weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
             weight = weight.bfloat16().double()  # exact in every dtype, so it rounds in none
+            weight = weight.abs() if positive else weight
+            if scale is not None and output is outputs[0]:
+                weight = weight * scale
             loss = loss + (output.double() * weight).sum()
         loss.backward()
         found = {f"output {i}": output.detach().double() for i, output in enumerate(outputs)}
@@ -97,6 +106,36 @@ def assert_near() -> Callable[..., None]:
             assert torch.isfinite(got[name]).all(), name
             error = (got[name] - want[name]).abs().max() / want[name].abs().max().clamp_min(1e-12)
             assert error <= tolerance, f"{name}: relative error {float(error):.2e}"
+
+    return check
+
+
+@pytest.fixture
+def assert_as_exact_as_float32(run_with_gradients) -> Callable[..., None]:
+    """Holds a backend in float32 against float64: 2e-6 of the largest value of each tensor.
+
+    A sum whose terms cancel c-fold multiplies the rounding of its terms (2^-24 for each of the handful of operations
+    in front of it) by c, whatever the order. So where c is above ten the bound is 2e-7 of the sum of the terms' sizes,
+    which is that of the gradient when all terms are positive.
+    """
+
+    def check(inputs: dict[str, Tensor], backend: str, **options) -> None:
+        inputs = {name: tensor.float().double() for name, tensor in inputs.items()}
+        options["return_last_state"] = True
+        want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
+        got = run_with_gradients(inputs, torch.float32, backend=backend, **options)
+        sizes = {n: t if n in ("A", "dt", "dt_bias") else t.abs() for n, t in inputs.items()}
+        gate = F.silu(sizes.pop("z")).abs() if "z" in sizes else torch.ones(())
+        sizes = run_with_gradients(
+            sizes, torch.float64, backend="reference", scale=gate, positive=True, **options
+        )
+        for name in want:
+            if want[name].numel() == 0:
+                continue
+            terms = 0.1 * float(sizes[name].abs().max()) if name in sizes else 0.0
+            error = float((got[name] - want[name]).abs().max())
+            allowed = 2e-6 * max(float(want[name].abs().max()), terms)
+            assert error <= allowed, f"{name}: error {error:.2e}, {allowed:.2e} is allowed"
 
     return check
 

@@ -102,22 +102,38 @@ class TestAccuracy:
         inputs = scan_inputs(length=length, channels=channels, size=size, groups=groups)
         self.check(inputs, run_with_gradients, assert_near, torch.bfloat16, {"rest": 1e-2})
 
-    @pytest.mark.parametrize("raw", [60.0, -14.0])
-    def test_extreme_time_steps(self, scan_inputs, run_with_gradients, assert_near, raw):
-        # At dt = 60 an exponent dt A of about 20 carries the rounding of dt, 1e-6: so do the gradients that are
-        # made of decays alone, in any float32 implementation (plain torch: 5e-6 where this one has 1e-6).
-        tolerance = {"rest": 2e-6} | ({"dA": 2e-5, "dinitial_state": 1e-5} if raw > 0 else {})
-        for length, channels in ((33, 40), (130, 8)):
-            inputs = scan_inputs(length=length, channels=channels, size=16, dt_bias=False)
-            inputs["dt"] = raw + 0.1 * inputs["dt"]
-            self.check(inputs, run_with_gradients, assert_near, torch.float32, tolerance)
-
     @pytest.mark.slow
     def test_whole_grid(self, scan_inputs, run_with_gradients, assert_near):
         for length, channels, size, groups in GRID:
             inputs = scan_inputs(length=length, channels=channels, size=size, groups=groups)
             self.check(inputs, run_with_gradients, assert_near, torch.float32, {"rest": 2e-6})
             self.check(inputs, run_with_gradients, assert_near, torch.bfloat16, {"rest": 1e-2})
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("raw", [60.0, -14.0])
+    def test_whole_grid_of_extreme_time_steps(self, scan_inputs, assert_as_exact_as_float32, raw):
+        for length, channels, size, groups in GRID:
+            inputs = scan_inputs(length=length, channels=channels, size=size, groups=groups, dt_bias=False)
+            inputs["dt"] = raw + 0.1 * inputs["dt"]
+            assert_as_exact_as_float32(inputs, "cpu")
+
+    def test_rates_and_times_without_bounds(self):
+        """What decides nothing any more does not turn into NaN: decays are 0, 1 or infinite."""
+        rates = torch.tensor([[-float("inf"), -1e30, -1e-30, 0.0, 1e30, -1.0]])
+        ones, start = torch.ones(1, 1, 1), torch.ones(1, 1, 6)
+        for time, last in ((1.0, 0.36788), (1e10, 0.0), (1e-9, 1.0)):
+            arguments = (0 * ones, time * ones, rates, torch.ones(1, 1, 6), torch.ones(1, 1, 6))
+            _, state = selective_scan(
+                *arguments, initial_state=start, dt_softplus=False, return_last_state=True, backend="cpu"
+            )
+            want = torch.tensor([0.0, 0.0, 1.0, 1.0, float("inf"), last])
+            assert torch.allclose(state[0, 0], want, atol=1e-4), time
+            u, dt, A, B, C = arguments
+            stepped = start.clone()
+            selective_state_update(
+                stepped, u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], dt_softplus=False, backend="cpu"
+            )
+            assert torch.allclose(stepped[0, 0], want, atol=1e-4), time
 
 
 @needs_compiler
@@ -289,6 +305,52 @@ class TestDeterminism:
             assert torch.equal(y, whole[:, t : t + 1])
         packed = selective_scan(**inputs, seq_idx=segments([13, 37], [13, 37]), backend="cpu")
         assert torch.equal(packed, torch.cat([first, cut(slice(13, None), None)[0]], dim=1))
+
+    @pytest.mark.parametrize(("channels", "size", "groups"), [(40, 16, 1), (36, 5, 2), (33, 24, 3)])
+    @pytest.mark.parametrize("dropped", [(), ("D", "z", "dt_bias")])
+    def test_steps_are_the_scan_bit_for_bit(self, scan_inputs, channels, size, groups, dropped):
+        made = scan_inputs(
+            length=30, channels=channels, size=size, groups=groups, **dict.fromkeys(dropped, False)
+        )
+        inputs = {name: tensor.float() for name, tensor in made.items()}
+        want, last = selective_scan(**inputs, return_last_state=True, backend="cpu")
+        state = inputs.pop("initial_state").clone()
+        for t in range(30):
+            now = {name: x[:, t] if name in ("u", "dt", "B", "C", "z") else x for name, x in inputs.items()}
+            assert torch.equal(selective_state_update(state, **now, backend="cpu"), want[:, t])
+        assert torch.equal(state, last)
+
+    @pytest.mark.parametrize("taps", [3, 4])
+    def test_steps_are_the_convolution_bit_for_bit(self, taps):
+        x, weight, bias = torch.randn(2, 30, 20), torch.randn(20, taps), torch.randn(20)
+        options = {"activation": "silu", "return_state": True, "backend": "cpu"}
+        want, last = causal_conv1d(x, weight, bias, **options)
+        state = torch.zeros(2, taps - 1, 20)
+        for t in range(30):
+            y, state = causal_conv1d(x[:, t : t + 1], weight, bias, initial_state=state, **options)
+            assert torch.equal(y[:, 0], want[:, t])
+        assert torch.equal(state, last)
+
+    def test_groups_are_separate_calls_bit_for_bit(self, scan_inputs):
+        inputs = {name: t.float() for name, t in scan_inputs(length=40, channels=36, groups=2).items()}
+        y = selective_scan(**inputs, backend="cpu")
+        for group in range(2):
+            channels = slice(18 * group, 18 * group + 18)
+            own = {name: inputs[name][..., channels] for name in ("u", "dt", "z", "D", "dt_bias")}
+            own |= {name: inputs[name][:, :, group] for name in ("B", "C")}
+            own |= {"A": inputs["A"][channels], "initial_state": inputs["initial_state"][:, channels]}
+            assert torch.equal(selective_scan(**own, backend="cpu"), y[..., channels])
+
+    def test_asked_states_are_those_of_shorter_runs_bit_for_bit(self, scan_inputs):
+        inputs = {name: t.float() for name, t in scan_inputs(length=40).items()}
+        options = {"return_last_state": True, "backend": "cpu"}
+        at = torch.tensor([[0, 15, 16, 39]]).repeat(2, 1)
+        _, states = selective_scan(**inputs, state_at=at, **options)
+        for slot, end in enumerate(at[0].tolist()):
+            shorter = {
+                n: t[:, : end + 1] if n in ("u", "dt", "B", "C", "z") else t for n, t in inputs.items()
+            }
+            assert torch.equal(selective_scan(**shorter, **options)[1], states[:, slot])
 
     @pytest.mark.parametrize("groups", [1, 2])
     def test_reverse_is_flip_bit_for_bit(self, scan_inputs, groups):

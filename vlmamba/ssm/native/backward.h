@@ -8,17 +8,17 @@
 
 namespace vlm {
 
-// What backward keeps of one block of channels; the first eight are (STEPS), by token of the chunk.
+// What backward keeps of one block of channels; the first nine are (STEPS), by token of the chunk.
 struct BlockWork {
-  V *delta, *input, *inner, *slope, *gate, *d_delta, *d_input, *y;
-  V *A, *carry, *dA, *dD, *dbias, *asked;
+  V *delta, *time, *input, *inner, *slope, *gate, *d_delta, *d_input, *y;
+  V *A, *carry, *dA, *dD, *dbias, *longest, *asked;
 
   BlockWork(V *&p, int64_t size, int64_t asked_numbers) {
-    V **by_token[] = {&delta, &input, &inner, &slope, &gate, &d_delta, &d_input, &y};
+    V **by_token[] = {&delta, &time, &input, &inner, &slope, &gate, &d_delta, &d_input, &y};
     V **by_state[] = {&A, &carry, &dA};
     for (V **array : by_token) *array = p, p += STEPS;
     for (V **array : by_state) *array = p, p += size;
-    dD = p++, dbias = p++;
+    dD = p++, dbias = p++, longest = p++;
     asked = p, p += asked_numbers;
   }
 };
@@ -45,9 +45,9 @@ void backward_tile(const Chunk &chunk, int64_t size, int64_t n, const BlockWork 
       for (int i = 0; i < TILE; ++i) h[i] = V{};
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) {
-      const V decay = exp2v(w.delta[t] * A[i]);
+      const V decay = decay_over<false>(w.time[t], A[i]);
       tile.steps[t * TILE + i].decay = decay;
-      h[i] = decay * h[i] + w.input[t] * B.p[n + i];
+      h[i] = fused(decay, h[i], w.input[t] * B.p[n + i]);
     }
   }
   for (int i = 0; i < TILE; ++i) dh[i] = w.carry[n + i], dA[i] = w.dA[n + i];
@@ -98,7 +98,7 @@ static inline void backward_open(const Arguments &a, const Plan &plan, const Uni
       V delta = load(dt + d, lanes), slope = splat(1.0f);
       if (a.bias) delta += load(a.bias + d, lanes);
       if (a.softplus) slope = sigmoid(delta).value, delta = softplus(delta);
-      w.delta[t] = delta, w.slope[t] = slope;
+      w.delta[t] = delta, w.time[t] = clamp(delta, *w.longest), w.slope[t] = slope;
       w.input[t] = delta * load(u + d, lanes);
       V inner = dy ? load(dy + d, lanes) : V{};
       if (z) {
@@ -197,11 +197,11 @@ static inline void backward_unit(const Arguments &a, const Plan &plan, const Uni
   for (int64_t k = 0; k < unit.count; ++k) {
     const BlockWork &w = *new (blocks + k) BlockWork(next, N, plan.asked_numbers(a));
     const int64_t d = unit.channel(plan, k);
-    gather(w.A, a.A + d * N, N, unit.lanes(plan, k), LOG2E);
+    gather_rates(w.A, w.longest, a.A + d * N, N, unit.lanes(plan, k));
     for (int64_t n = 0; n < N; ++n) w.carry[n] = w.dA[n] = V{};
     *w.dD = *w.dbias = V{};
     if (a.last && a.d_states)
-      gather(w.carry, a.d_states + (unit.row * a.channels + d) * N, N, unit.lanes(plan, k), 1.0f);
+      gather(w.carry, a.d_states + (unit.row * a.channels + d) * N, N, unit.lanes(plan, k));
   }
   for (int64_t c = plan.chunks - 1; c >= 0; --c) {
     Chunk chunk(a, unit, c);
@@ -211,7 +211,8 @@ static inline void backward_unit(const Arguments &a, const Plan &plan, const Uni
       for (int64_t i = 0; i < chunk.steps * N; ++i) blocks[k].asked[i] = V{};
       if (a.d_states)
         each_asked(a, unit, chunk, d, [&](int64_t t, int64_t place) {
-          gather(blocks[k].asked + t * N, a.d_states + place, N, unit.lanes(plan, k), 1.0f, true);
+          const float *from = a.d_states + place;
+          for (int64_t n = 0; n < N; ++n) blocks[k].asked[t * N + n] += column(from + n, N, unit.lanes(plan, k));
         });
     }
     int64_t n = 0;

@@ -44,11 +44,11 @@ struct Plan {
   int64_t asked_numbers(const Arguments &a) const { return a.asked ? STEPS * a.size : 0; }
   // Vectors of scratch memory of one thread.
   int64_t forward_scratch(const Arguments &a) const {
-    return asked_numbers(a) + set * (3 * STEPS + 2 * a.size);
+    return asked_numbers(a) + set * (3 * STEPS + 2 * a.size + 1);
   }
   int64_t backward_scratch(const Arguments &a) const {
     const int64_t tile = 4 * STEPS * BACKWARD_TILE + LANES;
-    return tile + set * (8 * STEPS + 3 * a.size + 2 + asked_numbers(a));
+    return tile + set * (9 * STEPS + 3 * a.size + 3 + asked_numbers(a));
   }
 };
 
@@ -97,13 +97,26 @@ struct Chunk {
   }
 };
 
-// (channels, N) numbers <-> N vectors; `scale` applies on the way in.
-static inline void gather(V *to, const float *from, int64_t size, int lanes, float scale, bool add = false) {
+// (channels, N) numbers <-> N vectors.
+static inline V column(const float *from, int64_t size, int lanes) {
+  V v{};
+  for (int i = 0; i < lanes; ++i) v[i] = from[i * size];
+  return v;
+}
+
+static inline void gather(V *to, const float *from, int64_t size, int lanes) {
+  for (int64_t n = 0; n < size; ++n) to[n] = column(from + n, size, lanes);
+}
+
+// A log2(e) of a block of channels, and the longest time whose decays are told apart: beyond it they are 0, or infinite.
+static inline void gather_rates(V *to, V *longest, const float *A, int64_t size, int lanes) {
+  V most{};
   for (int64_t n = 0; n < size; ++n) {
-    V v{};
-    for (int i = 0; i < lanes; ++i) v[i] = from[i * size + n] * scale;
-    to[n] = add ? to[n] + v : v;
+    to[n] = clamp(column(A + n, size, lanes) * LOG2E, splat(MOST_RATE));
+    const V rate = to[n] < 0.0f ? -to[n] : to[n];
+    most = rate > most ? rate : most;
   }
+  *longest = MOST_EXPONENT / most;
 }
 
 static inline void scatter(float *to, const V *from, int64_t size, int lanes) {

@@ -7,18 +7,18 @@
 namespace vlm {
 
 template <int TILE>
-void forward_tile(const Chunk &chunk, int64_t size, int64_t n, V *state, const V *A, const V *delta,
+void forward_tile(const Chunk &chunk, int64_t size, int64_t n, V *state, const V *A, const V *time,
                   const V *input, Side B, Side C, V *y, V *asked) {
-  V h[TILE], decay[TILE];
-  for (int i = 0; i < TILE; ++i) h[i] = state[n + i], decay[i] = A[n + i];
+  V h[TILE], rate[TILE];
+  for (int i = 0; i < TILE; ++i) h[i] = state[n + i], rate[i] = A[n + i];
   for (int t = 0; t < chunk.steps; ++t, B.p += B.step, C.p += C.step) {
     if (chunk.flags[t] & RESET)
       for (int i = 0; i < TILE; ++i) h[i] = V{};
-    const V step = delta[t], x = input[t];
+    const V now = time[t], x = input[t];
     V out = y[t];
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) {
-      h[i] = exp2v(step * decay[i]) * h[i] + x * B.p[n + i];
+      h[i] = fused(decay_over<false>(now, rate[i]), h[i], x * B.p[n + i]);
       out += h[i] * C.p[n + i];
     }
     y[t] = out;
@@ -30,11 +30,11 @@ void forward_tile(const Chunk &chunk, int64_t size, int64_t n, V *state, const V
 
 // What forward keeps of one block of channels: numbers by token of the chunk, and by state.
 struct ForwardWork {
-  V *delta, *input, *y, *A, *state;
+  V *time, *input, *y, *A, *state, *longest;
 
   ForwardWork(V *p, int64_t size)
-      : delta(p), input(p + STEPS), y(p + 2 * STEPS), A(p + 3 * STEPS), state(A + size) {}
-  static int64_t numbers(int64_t size) { return 3 * STEPS + 2 * size; }
+      : time(p), input(p + STEPS), y(p + 2 * STEPS), A(p + 3 * STEPS), state(A + size), longest(state + size) {}
+  static int64_t numbers(int64_t size) { return 3 * STEPS + 2 * size + 1; }
 };
 
 // Reads what the tokens of a chunk bring, token by token, and lets the next chunk's come nearer.
@@ -53,7 +53,7 @@ static inline void forward_open(const Arguments &a, const Plan &plan, const Unit
       V delta = load(dt + d, lanes);
       if (a.bias) delta += load(a.bias + d, lanes);
       if (a.softplus) delta = softplus(delta);
-      w.delta[t] = delta;
+      w.time[t] = clamp(delta, *w.longest);
       w.input[t] = delta * load(u + d, lanes);
       w.y[t] = V{};
       soon(u + d + ahead * a.u_step), soon(dt + d + ahead * a.dt_step);
@@ -94,9 +94,9 @@ static inline void forward_unit(const Arguments &a, const Plan &plan, const Unit
     const ForwardWork w(work + k * ForwardWork::numbers(N), N);
     const int64_t d = unit.channel(plan, k);
     const int lanes = unit.lanes(plan, k);
-    gather(w.A, a.A + d * N, N, lanes, LOG2E);
+    gather_rates(w.A, w.longest, a.A + d * N, N, lanes);
     for (int64_t n = 0; n < N; ++n) w.state[n] = V{};
-    if (a.start) gather(w.state, a.start + (unit.row * a.channels + d) * N, N, lanes, 1.0f);
+    if (a.start) gather(w.state, a.start + (unit.row * a.channels + d) * N, N, lanes);
   }
   for (int64_t c = 0; c < plan.chunks; ++c) {
     const Chunk chunk(a, unit, c);
@@ -110,8 +110,8 @@ static inline void forward_unit(const Arguments &a, const Plan &plan, const Unit
                     N * sizeof(V));
       int64_t n = 0;
       for (; n + FORWARD_TILE <= N; n += FORWARD_TILE)
-        forward_tile<FORWARD_TILE>(chunk, N, n, w.state, w.A, w.delta, w.input, B, C, w.y, asked);
-      for (; n < N; ++n) forward_tile<1>(chunk, N, n, w.state, w.A, w.delta, w.input, B, C, w.y, asked);
+        forward_tile<FORWARD_TILE>(chunk, N, n, w.state, w.A, w.time, w.input, B, C, w.y, asked);
+      for (; n < N; ++n) forward_tile<1>(chunk, N, n, w.state, w.A, w.time, w.input, B, C, w.y, asked);
       if (chunk.asked)
         each_asked(a, unit, chunk, unit.channel(plan, k), [&](int64_t t, int64_t place) {
           scatter(a.states + place, asked + t * N, N, unit.lanes(plan, k));

@@ -30,8 +30,9 @@ constexpr int LANES = 4;
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t IV __attribute__((vector_size(4 * LANES)));
 
-constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LOG2E = 1.44269504088896341f, LOG2E_REST = 1.92596299e-8f;  // log2(e) in two parts
 constexpr float LN2 = 0.693147180559945309f;
+constexpr float MOST_RATE = 1.09951163e12f, MOST_EXPONENT = 2.81474977e14f;  // 2^40, 2^48
 
 static inline V splat(float x) { return V{} + x; }
 
@@ -93,14 +94,32 @@ static inline V lane_sums(V *v) {
 #endif
 }
 
-// 2^(k + r) for a whole k and r in [-1/2, 1/2], to 1e-7 of its value; zero for k <= -127, NaN stays NaN.
-// 2^r = 1 + r q(r) with q fitted for the smallest relative error (9e-8), so that 2^0 is exactly 1.
-static inline V exp2_parts(V k, V r) {
-  V p = r * 0.00132651199f + 0.00967149986f;
-  p = p * r + 0.055507323f;
-  p = p * r + 0.240222424f;
-  p = p * r + 0.693146979f;
-  p = p * r + 1.0f;
+// Exchanges rows and columns of LANES vectors, by halves, quarters and so on.
+static inline void turn(V *v) {
+#if VLM_AVX512
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step; step /= 2) {
+    const __mmask16 second = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(step));
+    const __m512i low = _mm512_mask_add_epi32(lane, second, lane, _mm512_set1_epi32(LANES - step));
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(step));
+#pragma GCC unroll 8
+    for (int k = 0; k < LANES / 2; ++k) {
+      const int i = k / step * 2 * step + k % step;
+      const __m512 a = (__m512)v[i], b = (__m512)v[i + step];
+      v[i] = (V)_mm512_permutex2var_ps(a, low, b), v[i + step] = (V)_mm512_permutex2var_ps(a, high, b);
+    }
+  }
+#else
+  float x[LANES][LANES];
+  std::memcpy(x, v, sizeof x);
+  for (int i = 0; i < LANES; ++i)
+    for (int k = 0; k < LANES; ++k) v[i][k] = x[k][i];
+#endif
+}
+
+// 2^k p for a whole k: zero for k <= -127, NaN stays NaN.
+static inline V times_power(V p, V k) {
 #if VLM_AVX512
   return (V)_mm512_scalef_ps((__m512)p, (__m512)k);
 #else
@@ -108,17 +127,58 @@ static inline V exp2_parts(V k, V r) {
 #endif
 }
 
-// 2^x.
-static inline V exp2v(V x) {
+// 2^r = 1 + r q(r) for r in [-1/2, 1/2], with q fitted for the smallest relative error: 9e-8. 2^0 is exactly 1.
+static inline V power(V r) {
+  V p = r * 0.00132651199f + 0.00967149986f;
+  p = p * r + 0.055507323f;
+  p = p * r + 0.240222424f;
+  p = p * r + 0.693146979f;
+  return p * r + 1.0f;
+}
+
+// The same to 2e-9.
+static inline V fine_power(V r) {
+  V p = r * 0.00015353362f + 0.0013398875f;
+  p = p * r + 0.00961843692f;
+  p = p * r + 0.0555033237f;
+  p = p * r + 0.240226477f;
+  p = p * r + 0.693147182f;
+  return p * r + 1.0f;
+}
+
+// a b + c, rounded once where the processor can.
+static inline V fused(V a, V b, V c) {
 #if VLM_AVX512
-  const V r = (V)_mm512_reduce_ps((__m512)x, 0x08), k = x - r;
+  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  const V low = splat(-127.0f), high = splat(128.0f), magic = splat(12582912.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const V k = (x + magic) - magic, r = x - k;
+  return a * b + c;
 #endif
-  return exp2_parts(k, r);
+}
+
+// x, or the nearest number of the size `most` at most; NaN stays NaN.
+static inline V clamp(V x, V most) {
+  x = x > most ? most : x;
+  return x < -most ? -most : x;
+}
+
+// 2^(time rate). What is wrong with an exponent is the relative error of the decay, and exponents are large; so the
+// product is not rounded before its whole part is taken away. Without ANY it has the size of MOST_EXPONENT at most.
+template <bool ANY>
+static inline V decay_over(V time, V rate) {
+  const V magic = splat(12582912.0f);
+  V k = fused(time, rate, magic) - magic;
+#if VLM_AVX512
+  V r = fused(time, rate, -k);
+  if (ANY) r = (V)_mm512_range_ps((__m512)r, _mm512_set1_ps(1.0f), 0x02);  // the one nearer to zero
+#else
+  const V least = splat(-127.0f), most = splat(128.0f);
+  k = k < least ? least : k;
+  k = k > most ? most : k;
+  const V r = clamp(fused(time, rate, -k), splat(1.0f));
+#endif
+  return times_power(power(r), k);
 }
 
 // exp(-|x|): log2(e) in two parts, so that it is accurate however large |x| is.
@@ -126,8 +186,8 @@ static inline V exp_minus_abs(V x) {
   const V low = splat(-88.0f), magic = splat(12582912.0f);
   x = x > 0.0f ? -x : x;
   x = x < low ? low : x;
-  const V k = (x * LOG2E + magic) - magic;
-  return exp2_parts(k, (x * LOG2E - k) + x * 1.92596299e-8f);
+  const V k = fused(x, splat(LOG2E), magic) - magic;
+  return times_power(fine_power(fused(x, splat(LOG2E_REST), fused(x, splat(LOG2E), -k))), k);
 }
 
 // 1 / x for x in [1, 3]; a division takes the processor four times as long.

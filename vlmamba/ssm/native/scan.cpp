@@ -123,11 +123,11 @@ int64_t vlmamba_step_arguments_size() { return sizeof(StepArguments); }
 
 void vlmamba_step(const StepArguments *arguments) {
   const StepArguments &a = *arguments;
-  const int64_t blocks = (a.channels + LANES - 1) / LANES;
+  const int64_t blocks = a.blocks();
 #pragma omp parallel for schedule(static) num_threads((int)a.threads) if (a.threads > 1)
-  for (int64_t i = 0; i < a.batch * blocks; ++i) {
+  for (int64_t i = 0; i < a.batch * a.groups * blocks; ++i) {
     const FlushSmall flush;
-    step_block(a, i / blocks, i % blocks * LANES);
+    step_block(a, i / (a.groups * blocks), i / blocks % a.groups, i % blocks);
   }
 }
 

@@ -1,5 +1,6 @@
-// One decode step. A vector register holds state numbers of one channel here: states are stored that way, and
-// a step reads each only once.
+// One decode step: the same operations in the same order as in the scan (forward.h), so that steps answer the
+// same bits as one call. States are stored with N innermost and a step reads each only once; so a vector holds
+// state numbers of one channel until y is summed up, for which a block of channels is turned around.
 
 #pragma once
 
@@ -14,34 +15,36 @@ struct StepArguments {
   float *state;
   const float *u, *dt, *z, *A, *B, *C, *D, *bias;
   float *y;
+
+  int64_t per_group() const { return channels / groups; }
+  int64_t blocks() const { return (per_group() + LANES - 1) / LANES; }  // of one group
 };
 
-// A block of channels of one row.
-static inline void step_block(const StepArguments &a, int64_t row, int64_t d) {
-  const int lanes = a.channels - d < LANES ? (int)(a.channels - d) : LANES;
+// A block of channels of one row and group, from channel d on.
+static inline void step_block(const StepArguments &a, int64_t row, int64_t group, int64_t block) {
+  const int64_t d = group * a.per_group() + block * LANES, left = a.per_group() - block * LANES;
+  const int lanes = left < LANES ? (int)left : LANES;
   const V u = load(a.u + row * a.u_row + d, lanes);
   V delta = load(a.dt + row * a.dt_row + d, lanes);
   if (a.bias) delta += load(a.bias + d, lanes);
   if (a.softplus) delta = softplus(delta);
   const V input = delta * u;
-  V sums[LANES];
-  for (int i = 0; i < lanes; ++i) {
-    const int64_t group = (d + i) / (a.channels / a.groups);
-    const float *A = a.A + (d + i) * a.size;
-    const float *B = a.B + row * a.B_row + group * a.B_group, *C = a.C + row * a.C_row + group * a.C_group;
-    float *state = a.state + (row * a.channels + d + i) * a.size;
-    const float step = delta[i], x = input[i];
-    V sum{};
-    for (int64_t n = 0; n < a.size; n += LANES) {
-      const int count = a.size - n < LANES ? (int)(a.size - n) : LANES;
-      const V h = exp2v(step * (load(A + n, count) * LOG2E)) * load(state + n, count) + x * load(B + n, count);
-      store(state + n, h, count);
-      sum += h * load(C + n, count);
+  const float *B = a.B + row * a.B_row + group * a.B_group, *C = a.C + row * a.C_row + group * a.C_group;
+  V y{};
+  for (int64_t n = 0; n < a.size; n += LANES) {
+    const int count = a.size - n < LANES ? (int)(a.size - n) : LANES;
+    const V b = load(B + n, count);
+    V h[LANES];
+    for (int i = 0; i < lanes; ++i) {
+      const V rate = clamp(load(a.A + (d + i) * a.size + n, count) * LOG2E, splat(MOST_RATE));
+      float *state = a.state + (row * a.channels + d + i) * a.size + n;
+      h[i] = fused(decay_over<true>(splat(delta[i]), rate), load(state, count), input[i] * b);
+      store(state, h[i], count);
     }
-    sums[i] = sum;
+    for (int i = lanes; i < LANES; ++i) h[i] = V{};
+    turn(h);
+    for (int i = 0; i < count; ++i) y += h[i] * C[n + i];
   }
-  for (int i = lanes; i < LANES; ++i) sums[i] = V{};
-  V y = lane_sums(sums);
   if (a.D) y += load(a.D + d, lanes) * u;
   if (a.z) {
     const V z = load(a.z + row * a.z_row + d, lanes);
