@@ -26,31 +26,31 @@ class TestSizes:
         options["state_at"] = torch.randint(0, length, (2, 4))
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
         got = run_with_gradients(inputs, torch.float32, backend="cpu", **options)
-        assert_near(got, want, 5e-6)
+        assert_near(got, want, 2e-6)
 
     def test_groups_that_no_register_fits(self, scan_inputs, run_with_gradients, assert_near):
         inputs = scan_inputs(batch=3, length=70, channels=57, size=6, groups=3)
         options = {"reverse": (True, False, True), "return_last_state": True}
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
-        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu", **options), want, 5e-6)
+        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu", **options), want, 2e-6)
 
     def test_many_blocks_share_a_unit(self, scan_inputs, run_with_gradients, assert_near):
         inputs = scan_inputs(batch=4, length=40, channels=200, size=5)
         want = run_with_gradients(inputs, torch.float64, backend="reference")
-        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu"), want, 5e-6)
+        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu"), want, 2e-6)
 
     @pytest.mark.parametrize("raw", [60.0, 19.0, 0.0, -14.0])
     def test_extreme_time_steps(self, scan_inputs, run_with_gradients, assert_near, raw):
         inputs = scan_inputs(length=40, channels=18, dt_bias=False)
         inputs["dt"] = raw + 0.1 * inputs["dt"]
         want = run_with_gradients(inputs, torch.float64, backend="reference")
-        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu"), want, 5e-6)
+        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu"), want, 2e-6)
 
     def test_a_growing_state_is_exact_too(self, scan_inputs, run_with_gradients, assert_near):
         inputs = scan_inputs(length=12)
         inputs["A"] = -inputs["A"] * 0.3
         want = run_with_gradients(inputs, torch.float64, backend="reference")
-        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu"), want, 5e-6)
+        assert_near(run_with_gradients(inputs, torch.float32, backend="cpu"), want, 2e-6)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_bad_numbers_stay_in_their_segment(self, scan_inputs, segments, bad):
@@ -108,14 +108,6 @@ class TestAccuracy:
             inputs = scan_inputs(length=length, channels=channels, size=size, groups=groups)
             self.check(inputs, run_with_gradients, assert_near, torch.float32, {"rest": 2e-6})
             self.check(inputs, run_with_gradients, assert_near, torch.bfloat16, {"rest": 1e-2})
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("raw", [60.0, -14.0])
-    def test_whole_grid_of_extreme_time_steps(self, scan_inputs, assert_as_exact_as_float32, raw):
-        for length, channels, size, groups in GRID:
-            inputs = scan_inputs(length=length, channels=channels, size=size, groups=groups, dt_bias=False)
-            inputs["dt"] = raw + 0.1 * inputs["dt"]
-            assert_as_exact_as_float32(inputs, "cpu")
 
     def test_rates_and_times_without_bounds(self):
         """What decides nothing any more does not turn into NaN: decays are 0, 1 or infinite."""

@@ -1,4 +1,4 @@
-"""The reference: plain loops over time, differentiated by torch, float64-capable. The oracle of all tests.
+"""The reference: plain loops over time in float64, differentiated by torch. The oracle of all tests.
 
 Written to be read, not to be fast. Shape legend: B batch, L length, D channels, N state size, G groups, S
 asked states.
@@ -16,7 +16,7 @@ from vlmamba.ssm.spec import Backend, ConvCall, ScanCall, compute_dtype, segment
 
 def scan(call: ScanCall) -> tuple[Tensor, Tensor | None]:
     """Run `selective_scan`, one group after the other."""
-    kind = compute_dtype(call.u.dtype)
+    kind = _arithmetic(call.u)
     width = call.u.shape[2] // call.B.shape[2]
     parts = [
         _scan_group(call, slice(group * width, (group + 1) * width), group, reverse, kind)
@@ -28,7 +28,12 @@ def scan(call: ScanCall) -> tuple[Tensor, Tensor | None]:
     states = None
     if call.last_state or call.state_at is not None:
         states = torch.cat([part[1] for part in parts], dim=-2)
-    return y.to(call.u.dtype), states
+    return y.to(call.u.dtype), None if states is None else states.to(compute_dtype(call.u.dtype))
+
+
+def _arithmetic(tensor: Tensor) -> torch.dtype:
+    """Float64 where the device has it."""
+    return compute_dtype(tensor.dtype) if tensor.device.type == "mps" else torch.float64
 
 
 def _scan_group(
@@ -47,7 +52,7 @@ def _scan_group(
     starts = None if call.seq_idx is None else segment_starts(call.seq_idx, reverse=reverse)
     state = u.new_zeros(batch, width, A.shape[1])
     if call.initial_state is not None:
-        state = call.initial_state[:, channels]
+        state = call.initial_state[:, channels].to(kind)
     outputs: list[Tensor] = [u[:, :0]] * length
     states: list[Tensor] = [state] * length
     for t in reversed(range(length)) if reverse else range(length):
@@ -68,7 +73,7 @@ def _scan_group(
 
 def conv(call: ConvCall) -> Tensor:
     """Run `causal_conv1d`, one token and one tap at a time."""
-    kind = compute_dtype(call.x.dtype)
+    kind = _arithmetic(call.x)
     x, weight = call.x.to(kind), call.weight.to(kind)
     length, taps = x.shape[1], weight.shape[1]
     runs = None if call.seq_idx is None else segment_runs(call.seq_idx)

@@ -20,6 +20,9 @@ BLOCK_ELEMENTS = 2**15
 CHUNK_STEPS = 8
 """T on a CPU; longer chunks fall out of the cache. The saved states are 1/T of all states."""
 
+STEEP = 4.0
+"""Exponents beyond this are exact on a CPU: the rounding of one, 2^-24 of its size, is the relative error of a decay."""
+
 DEVICE_BLOCK_ELEMENTS, DEVICE_CHUNK_STEPS = 2**20, 16
 """The same for accelerators, where few launches and little memory count."""
 
@@ -156,6 +159,7 @@ class Inputs:
         self.delta = F.softplus(self.raw) if call.dt_softplus else self.raw
         self.delta_u = self.delta * self.u
         self.A = call.A[block.channels].to(kind).t().contiguous()
+        self.steep = self.u.device.type == "cpu" and self._largest_exponent() > STEEP
         self.B = block.take_matrix(call.B, kind)
         self.C = block.take_matrix(call.C, kind)
         self.delta_chunks = self.delta.unsqueeze(2).split(steps)
@@ -163,6 +167,11 @@ class Inputs:
         self.B_columns = self.B.unsqueeze(3).split(steps)
         self.B_rows = flat_chunks(self.B, steps)
         self.C_rows = flat_chunks(self.C, steps)
+
+    def _largest_exponent(self) -> float:
+        if not self.delta.numel() or not self.A.numel():
+            return 0.0
+        return float(self.delta.abs().amax() * self.A.abs().amax())
 
 
 def flat_chunks(tensor: Tensor, steps: int) -> tuple[Tensor, ...]:
@@ -193,7 +202,11 @@ class Space:
         full = steps == self.decay.shape[0]
         decay = self.decay if full else self.decay[:steps]
         torch.mul(delta, x.A, out=decay)
+        # On CPUs addcmul rounds once, so that it gives what the product lost to rounding.
+        lost = torch.addcmul(decay, delta, x.A, value=-1) if x.steep else None
         decay.exp_()
+        if lost is not None:  # exp(x - lost); products beyond float32 have lost nothing that counts
+            decay.mul_(lost.nan_to_num_(0.0).clamp_(-1e-3, 1e-3).neg_().add_(1.0))
         if restarts is not None:
             decay.flatten(0, 1).index_fill_(0, restarts, 0)
         torch.mul(x.B_columns[chunk], x.delta_u_chunks[chunk], out=self.states[1 : steps + 1])
