@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "training": {"ssm", "models", "data", "checkpoints"},
     "evaluation": {"ssm", "models", "data", "checkpoints"},
     "integrations": {"ssm", "models", "data", "evaluation"},
+    "ablations": {"ssm", "models", "data", "training", "evaluation"},
     "testing": {"ssm", "models", "data", "training"},
-    "cli": {"ssm", "models", "data", "checkpoints", "training", "evaluation", "integrations"},
+    "cli": {"ssm", "models", "data", "checkpoints", "training", "evaluation", "integrations", "ablations"},
 }
 
 

@@ -38,19 +38,34 @@ DATA = "playground/data/mini"
 MAKE_DATA = "python playground/make_data.py"
 
 
-def pretrain(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainConfig:
-    """Stage 1: captions; the connector alone trains."""
+def pretrain(
+    connector: str = "vss-l2",
+    run: str = "runs/quickstart",
+    num_queries: int | None = None,
+    front: str | None = None,
+    short: bool = False,
+) -> TrainConfig:
+    """Stage 1: captions; the connector alone trains.
+
+    `num_queries` and `front` (another connector, which had better be trained) are Q-Mamba's; `short` has half the
+    epochs here and a third of them in stage 2, for tables of many runs.
+    """
     if connector not in CONNECTORS:
         raise ConfigError(
             f"the playground has sizes for the connectors {', '.join(CONNECTORS)}, not for {connector!r}"
         )
+    options = dict(CONNECTORS[connector])
+    if num_queries is not None:
+        options["num_queries"] = num_queries
+    if front is not None:
+        options.update(pre=front, pre_options=CONNECTORS[front])
     return TrainConfig(
         output=f"{run}/pretrain",
         model=ModelConfig(
             vision=VisionConfig(
                 family="siglip", path="playground/mini/siglip", feature_layer=-2, final_norm=True
             ),
-            connector=ConnectorConfig(name=connector, options=CONNECTORS[connector]),
+            connector=ConnectorConfig(name=connector, options=options),
             language=LanguageConfig(path="playground/mini/mamba"),
             chat="plain",
         ),
@@ -71,16 +86,22 @@ def pretrain(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
         batch=BatchConfig(global_batch_size=16, micro_batch_size=16),
         optim=OptimConfig(name="adamw", lr=STAGE_1_LR.get(connector, 3e-3), betas=(0.9, 0.95)),
         schedule=ScheduleConfig(name="cosine", warmup_ratio=0.03),
-        epochs=4,
+        epochs=2 if short else 4,
         precision="fp32",
         save_every=200,
         log_every=10,
     )
 
 
-def finetune(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainConfig:
-    """Stage 2: conversations; connector and language model train."""
-    first = pretrain(connector, run)
+def finetune(
+    connector: str = "vss-l2",
+    run: str = "runs/quickstart",
+    num_queries: int | None = None,
+    front: str | None = None,
+    short: bool = False,
+) -> TrainConfig:
+    """Stage 2: conversations; connector and language model train. For the arguments see `pretrain`."""
+    first = pretrain(connector, run, num_queries, front, short)
     return first.replace(
         output=f"{run}/finetune",
         init_from=f"{run}/pretrain",
@@ -97,5 +118,5 @@ def finetune(connector: str = "vss-l2", run: str = "runs/quickstart") -> TrainCo
             order="modality_length",
         ),
         optim=OptimConfig(name="adamw", lr=1e-3, betas=(0.9, 0.95)),
-        epochs=3,
+        epochs=1 if short else 3,
     )

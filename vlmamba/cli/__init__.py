@@ -22,6 +22,7 @@ VERBS = {
     "serve": "answer requests of OpenAI's chat-completions interface",
     "data": "check, show or count annotation files and their pictures: vlmamba data check FILE --images FOLDER",
     "plan": "memory, tokens and hours of a recipe: vlmamba plan train/vl_mamba.py:finetune --gpus 8",
+    "ablate": "run a table of comparisons: vlmamba ablate vl_mamba_connectors --recipe playground",
     "report": "write a page with losses, scores and answers of finished runs",
     "convert": "convert checkpoints between layouts (transformers, state-spaces, LLaVA, Cobra)",
     "info": "versions, devices, scan backends (and why not), connectors, encoders, templates",

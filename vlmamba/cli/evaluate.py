@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from vlmamba.cli import compare, score
 
@@ -45,6 +46,7 @@ def _measure(words: Sequence[str]) -> int:
             options=dict(score.option(text) for text in arguments.option),
             device=device,
             dtype=arguments.dtype,
+            switches=chosen_switches(arguments),
             ranks=ranks,
         )
     finally:
@@ -98,7 +100,23 @@ def _measure_parser() -> argparse.ArgumentParser:
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16")
+    add_switches(parser)
     return parser
+
+
+def add_switches(parser: argparse.ArgumentParser) -> None:
+    """Flags that change a trained connector before it is measured."""
+    group = parser.add_argument_group("changes of the trained connector")
+    group.add_argument("--scan", help="scan directions: bsm, csm, forward or backward")
+    group.add_argument(
+        "--num-queries", type=int, metavar="N", help="keep N of Q-Mamba's queries, evenly spaced"
+    )
+
+
+def chosen_switches(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The changes that were asked for (see `vlmamba.evaluation.switches`)."""
+    given = {"scan": arguments.scan, "num_queries": arguments.num_queries}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def without_option(words: Sequence[str], name: str) -> list[str]:

@@ -38,6 +38,7 @@ def evaluate_checkpoint(
     options: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    switches: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Ask a checkpoint the questions of some tasks; write answers, submissions and ``results.json``.
@@ -58,6 +59,7 @@ def evaluate_checkpoint(
         options: Of the tasks' functions (``annotations``, ``images``, ...), for all tasks asked.
         device: Where to compute; "auto" is the GPU where there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on a GPU and float32 elsewhere.
+        switches: Changes of the trained connector (`vlmamba.evaluation.switches`).
         ranks: This process among those that share the questions; it alone when left out.
 
     Returns:
@@ -74,9 +76,11 @@ def evaluate_checkpoint(
     loaded = load_tasks(tasks, folder, options)
     from vlmamba.evaluation.conversations import hold_conversations
     from vlmamba.evaluation.runner import evaluate
+    from vlmamba.evaluation.switches import apply_switches
 
     ranks = ranks or Ranks()
     model, processor = load_for_evaluation(checkpoint, device, dtype)
+    apply_switches(model, processor, switches or {})
     target = Path(checkpoint) / "eval" if output is None else Path(output)
     target.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
@@ -94,6 +98,7 @@ def evaluate_checkpoint(
             if fresh:
                 ranks.on_main(functools.partial(remove_answers, path))
             how: dict[str, Any] = {"limit": limit, "shuffle_images": shuffled, "progress": progress}
+            how["switches"] = switches
             measured = evaluate(model, processor, task, path, batch_size=batch_size, **how, ranks=ranks)
             measured["predictions"] = path.name
             result.update({"shuffled": measured} if shuffled else measured)

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -79,6 +79,7 @@ def evaluate(
     shuffle_images: bool = False,
     progress: bool = True,
     *,
+    switches: Mapping[str, Any] | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Ask every question of a task and score the answers.
@@ -93,6 +94,7 @@ def evaluate(
         limit: Only the first so many questions (and those that are scored together with one of them).
         shuffle_images: Give every question the pictures of another (see `vlmamba.evaluation.shuffle`).
         progress: Show a bar with the time left.
+        switches: What was changed in the trained connector, for the record.
         ranks: This process among those that share the questions; it alone when left out.
 
     Returns:
@@ -112,6 +114,8 @@ def evaluate(
     samples = first_questions(samples, limit)
     check_images(samples)
     identity = answer_settings(model, processor, task, shuffle_images=shuffle_images)
+    if switches:
+        identity["switches"] = dict(switches)
     run_id = fingerprint(identity)
     path, ranks, started = Path(output), ranks or Ranks(), time.perf_counter()
     order = [sample.key for sample in task.samples]

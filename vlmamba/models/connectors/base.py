@@ -77,6 +77,14 @@ class Connector(nn.Module):
         """
         raise ConfigError(f"connector {self.name!r} has no scan to set (asked for {scan!r})")
 
+    def set_num_queries(self, count: int) -> None:
+        """Keep fewer queries, also after training; a processor of the model must be told (`num_image_tokens`).
+
+        Raises:
+            ConfigError: This connector has no queries, or not so many.
+        """
+        raise ConfigError(f"connector {self.name!r} has no queries to choose from (asked for {count})")
+
     def load_part(self, part: str, state: Mapping[str, Tensor]) -> None:
         """Initialise a named part of the connector from another model's weights.
 

@@ -213,6 +213,18 @@ class QMambaConnector(Connector):
             self.pre.set_scan(scan)
             self.options["pre_options"] = {**(self.options.get("pre_options") or {}), "scan": scan}
 
+    def set_num_queries(self, count: int) -> None:
+        """Keep `count` of the queries, evenly spaced, so that with local attention their windows still cover the image.
+
+        Raises:
+            ConfigError: There are fewer, or none was asked for.
+        """
+        if not 1 <= count <= self.num_queries:
+            raise ConfigError(f"connector 'qmamba' has {self.num_queries} queries, so {count} cannot be kept")
+        kept = torch.arange(count, device=self.queries.device) * self.num_queries // count
+        self.queries = nn.Parameter(self.queries.detach()[kept], requires_grad=self.queries.requires_grad)
+        self.num_queries = self.options["num_queries"] = count
+
     def load_part(self, part: str, state: Mapping[str, Tensor]) -> None:
         """Initialise the connector in front ("pre") or the Mamba layers ("layers").
 

@@ -94,7 +94,7 @@ def spawn(words: Sequence[str], count: int, *, verb: str = "train") -> int:
         for place in launches(count):
             children.append(
                 subprocess.Popen(
-                    command, env=variables(place), start_new_session=True, preexec_fn=_end_with_parent
+                    command, env=variables(place), start_new_session=True, preexec_fn=end_with_parent
                 )
             )
         return _wait(children)
@@ -152,8 +152,8 @@ def _words(code: int) -> str:
     return f"signal {-code}"
 
 
-def _end_with_parent() -> None:
-    """Should the parent be killed, Linux kills this process too (prctl PR_SET_PDEATHSIG)."""
+def end_with_parent() -> None:
+    """For `preexec_fn`: should the parent be killed, Linux kills this process too (prctl PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

@@ -1,0 +1,260 @@
+"""A table's report: Markdown and HTML with our figures and the paper's, plots, and what reproduces each cell."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from vlmamba.ablations.collect import RowResult
+from vlmamba.ablations.execute import Store
+from vlmamba.ablations.graph import Graph
+from vlmamba.ablations.plots import draw_all
+from vlmamba.ablations.table import Table
+from vlmamba.ablations.tables import MARK, figure_text, state_text
+from vlmamba.evaluation.tables import duration
+from vlmamba.evaluation.templating import template, write_page
+
+
+def write_report(
+    table: Table,
+    results: Sequence[RowResult],
+    graph: Graph,
+    store: Store,
+    folder: str | Path,
+    *,
+    name: str,
+    command: str,
+) -> Path:
+    """Write ``NAME.md``, ``NAME.html``, ``NAME.json`` and the plots in ``NAME/``.
+
+    Args:
+        table: With its columns written out.
+        results: `vlmamba.ablations.collect.collect`'s.
+        graph: The runs.
+        store: Their results.
+        folder: Where to.
+        name: Of the files.
+        command: That made it.
+
+    Returns:
+        The HTML page.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    plots = draw_all(table, results, target / name)
+    sections = {
+        "ours": ours(table, results),
+        "paper": papers(table, results),
+        "order": order(table, results),
+        "cells": cells(results, graph, store),
+    }
+    about = facts(table, results, graph, store, command)
+    problems = [(r.row.name, label, log) for r in results for label, log in r.problems]
+    write_page(target / f"{name}.md", _markdown(table, about, sections, plots, problems, target))
+    write_page(target / f"{name}.json", json.dumps(_figures(table, results, about), indent=1) + "\n")
+    html = template("ablation.html.jinja").render(
+        table=table,
+        about=about,
+        mark=MARK,
+        problems=[(row, label, log, _tail(log)) for row, label, log in problems],
+        plots=[(caption, _embedded(path)) for caption, path in plots],
+        cells_=sections.pop("cells"),
+        **sections,
+    )
+    return write_page(target / f"{name}.html", html)
+
+
+def facts(
+    table: Table, results: Sequence[RowResult], graph: Graph, store: Store, command: str
+) -> list[tuple[str, str]]:
+    """What a reader of the figures must know."""
+    seeds = sorted({seed for _, seed in graph.cells})
+    outcomes = [o for node in graph.nodes if (o := store.outcome(node)) is not None]
+    trained = [o.seconds for o in outcomes if o.id.startswith("train-")]
+    beside = max((o.beside for o in outcomes if o.id.startswith("train-")), default=0)
+    commits = sorted({o.commit for o in outcomes if o.commit})
+    devices = {f"{r.speed['device']}, {r.speed['threads']} thread(s)" for r in results if r.speed}
+    rows = [
+        ("Command", command),
+        ("Seeds", ", ".join(map(str, seeds))),
+        ("Settings of all rows", ", ".join(f"{k} {v}" for k, v in table.settings.items()) or "the recipe's"),
+        ("Compared with", table.compared_with),
+        ("Source of the paper's figures", table.source or "none"),
+        ("Trainings", f"{len(trained)}, {duration(sum(trained))} in all; at most {beside + 1} at a time"),
+        ("Speed measured on", ", ".join(sorted(devices)) or "not measured"),
+        ("Commit", ", ".join(commits) or "unknown"),
+    ]
+    if len(seeds) == 1:
+        rows.append(("Intervals", "of questions only: one seed says nothing about other seeds"))
+    return rows
+
+
+def ours(table: Table, results: Sequence[RowResult]) -> list[list[str]]:
+    """Header and rows of what was measured here."""
+    columns = [c for c in table.columns if any(c in r.figures for r in results)]
+    units = {c: next(r.figures[c].unit for r in results if c in r.figures) for c in columns}
+    header = [
+        "row", *(f"{c} ({units[c]})" for c in columns), "connector, parameters", "visual tokens", "s/step",
+        "prefill ms", "decode tokens/s", "GiB, training", "GiB, inference", "state",
+    ]  # fmt: skip
+    rows = [header]
+    for result in results:
+        figures = [figure_text(result.figures.get(c), "±") for c in columns]
+        speed = result.speed
+        rows.append([
+            result.row.name, *figures,
+            _number(result.parameters.get("multi_modal_projector"), ",d"), _number(result.image_tokens, "d"),
+            _number(result.step_seconds, ".3f"), _number(speed.get("prefill_ms"), ".1f"),
+            _number(speed.get("decode_tokens_per_s"), ".0f"), _number(result.memory_gib, ".2f"),
+            _number(speed.get("memory_gib"), ".2f"), state_text(result),
+        ])  # fmt: skip
+    return rows
+
+
+def papers(table: Table, results: Sequence[RowResult]) -> list[list[str]]:
+    """Header and rows of the paper's own figures; empty where there are none."""
+    columns = table.paper_columns
+    if not columns:
+        return []
+    found = [[r.row.name, *(_number(r.row.paper.get(c), "g") for c in columns)] for r in results]
+    return [["row", *columns], *(row for row in found if any(cell != "–" for cell in row[1:]))]
+
+
+def order(table: Table, results: Sequence[RowResult]) -> list[str]:
+    """Sentences on whether our order of rows is the paper's: each pair that both of them measure."""
+    main = table.columns[0]
+    both = [r for r in results if main in r.figures and r.row.paper]
+    lines = []
+    for first, second in combinations(both, 2):
+        shared = [c for c in table.paper_columns if c in first.row.paper and c in second.row.paper]
+        shared = [c for c in shared if "/" not in c]  # "s/iteration" is a cost
+        if not shared:
+            continue
+        gains = [second.row.paper[c] - first.row.paper[c] for c in shared]
+        better = sum(gain > 0 for gain in gains)
+        change = second.figures[main].estimate.mean - first.figures[main].estimate.mean
+        lines.append(
+            f"{second.row.name} against {first.row.name}: in the paper better on {better} of {len(shared)} benchmarks "
+            f"({sum(gains) / len(gains):+.2f} on average); here {change:+.2f} on {main}"
+        )
+    return lines
+
+
+def cells(results: Sequence[RowResult], graph: Graph, store: Store) -> list[dict[str, Any]]:
+    """What reproduces each row and seed."""
+    found = []
+    for result in results:
+        for seed, cell in sorted(result.cells.items()):
+            nodes = [n for n in (*cell.train, cell.evaluation, cell.speed) if n is not None]
+            found.append({
+                "row": result.row.name,
+                "seed": seed,
+                "values": {c: f.values for c, f in result.figures.items()},
+                "model": result.models.get(seed, "–"),
+                "commands": [*cell.commands, *_evaluation(graph, cell.evaluation)],
+                "starts": dict(result.row.parts),
+                "nodes": nodes,
+            })  # fmt: skip
+    return found
+
+
+def _evaluation(graph: Graph, node_id: str | None) -> list[str]:
+    return [] if node_id is None else ["vlmamba " + " ".join(graph.nodes[node_id].words)]
+
+
+def _figures(table: Table, results: Sequence[RowResult], about: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """All figures, JSON-able."""
+    rows = []
+    for result in results:
+        rows.append({
+            "row": result.row.name,
+            "figures": {c: dataclasses.asdict(f) for c, f in result.figures.items()},
+            "paper": dict(result.row.paper),
+            "parameters": dict(result.parameters),
+            "image_tokens": result.image_tokens,
+            "step_seconds": result.step_seconds,
+            "memory_gib": result.memory_gib,
+            "speed": dict(result.speed),
+            "models": result.models,
+            "problems": result.problems,
+        })  # fmt: skip
+    return {"title": table.title, "baseline": table.compared_with, "about": dict(about), "rows": rows}
+
+
+def _markdown(
+    table: Table,
+    about: Sequence[tuple[str, str]],
+    sections: dict[str, Any],
+    plots: Sequence[tuple[str, Path]],
+    problems: Sequence[tuple[str, str, str]],
+    target: Path,
+) -> str:
+    lines = [
+        f"# {table.title}",
+        "",
+        table.question,
+        "",
+        "## Measured here",
+        "",
+        *_pipes(sections["ours"]),
+        "",
+    ]
+    lines += [_legend(table), ""]
+    if problems:
+        lines += ["Failed:", "", *(f"- {row}: {label} (log: `{log}`)" for row, label, log in problems), ""]
+    if sections["paper"]:
+        lines += [
+            "## The paper's own figures",
+            "",
+            "On its models and data; nothing of this was measured here.",
+            "",
+        ]
+        lines += [*_pipes(sections["paper"]), ""]
+    if sections["order"]:
+        lines += ["## Order of the rows", "", *(f"- {line}" for line in sections["order"]), ""]
+    lines += ["## Plots", ""]
+    for caption, path in plots:
+        lines += [f"![{caption}]({path.relative_to(target).as_posix()})", "", caption, ""]
+    lines += ["## How it was run", "", *_pipes([["", ""], *([what, text] for what, text in about)]), ""]
+    lines += ["## Each cell", ""]
+    for cell in sections["cells"]:
+        starts = "".join(
+            f"; its {part} starts from the row {other!r}" for part, other in cell["starts"].items()
+        )
+        lines += [f"**{cell['row']}, seed {cell['seed']}**: model `{cell['model']}`{starts}", ""]
+        lines += ["```", *cell["commands"], "```", ""]
+    return "\n".join(lines)
+
+
+def _legend(table: Table) -> str:
+    return (
+        "Mean over seeds ± half of its 95 % interval (seeds and questions; `vlmamba/ablations/statistics.py`). "
+        f"{MARK}: differs from “{table.compared_with}”, 95 % over all rows of the column (Holm)."
+    )
+
+
+def _pipes(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def _embedded(picture: Path) -> str:
+    """A PNG file as a ``data:`` address."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+
+
+def _number(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _tail(log: str, count: int = 20) -> str:
+    file = Path(log)
+    if not file.is_file():
+        return ""
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])

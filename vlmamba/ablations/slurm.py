@@ -1,0 +1,86 @@
+"""A table on a cluster: one array of jobs for each wave of its graph, each after the one before."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmamba.ablations.execute import Store
+from vlmamba.ablations.graph import Graph
+from vlmamba.training.run_dir import write_text
+
+OWN_FLAGS = ("--slurm", "--sbatch", "--jobs", "--store", "--report")
+"""Flags with a value that a task of an array does not get, or gets as a value of its own."""
+
+
+def write_arrays(
+    graph: Graph, store: Store, folder: str | Path, words: Sequence[str], *, options: Sequence[str] = ()
+) -> Path:
+    """Write ``wave-N.txt`` (ids of nodes), ``wave-N.sbatch`` and ``submit.sh``.
+
+    Nodes that are done are left out. A wave starts when all of the one before have ended, well or not; what starts
+    from a failed node then fails with a message. Jobs are requeued after preemption and go on where they stood.
+
+    Args:
+        graph: The runs.
+        store: Their results, on a disk that all hosts see.
+        folder: Where scripts go.
+        words: The command line, after ``vlmamba``.
+        options: Of sbatch, such as ``--gpus-per-node=8``.
+
+    Returns:
+        ``submit.sh``.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["vlmamba", *_kept(words), "--store", str(store.root)])
+    submit = ["#!/usr/bin/env bash", "# From the folder that the table was defined in.", "set -euo pipefail"]
+    submit.append('here="$(cd "$(dirname "$0")" && pwd)"')
+    before = False
+    for number, wave in enumerate(graph.waves()):
+        left = [node.id for node in wave if store.outcome(node.id) is None]
+        if not left:
+            continue
+        write_text(target / f"wave-{number}.txt", "\n".join(left) + "\n")
+        write_text(target / f"wave-{number}.sbatch", _script(number, target.resolve(), command, options))
+        after = " --dependency=afterany:$job" if before else ""
+        submit.append(
+            f'job=$(sbatch --parsable --array=0-{len(left) - 1}{after} "$here/wave-{number}.sbatch")'
+        )
+        submit.append(f'echo "wave {number}: job $job, {len(left)} task(s)"')
+        before = True
+    submit.append(
+        f"echo 'when all have ended: {command} --report-only'" if before else "echo 'everything is done'"
+    )
+    path = target / "submit.sh"
+    write_text(path, "\n".join(submit) + "\n")
+    return path
+
+
+def _script(number: int, folder: Path, command: str, options: Sequence[str]) -> str:
+    lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name=ablate-{number}", "#SBATCH --requeue"]
+    lines += ["#SBATCH --signal=B:USR1@120", *(f"#SBATCH {option}" for option in options)]
+    lines += [
+        "set -euo pipefail",
+        f'node=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / f"wave-{number}.txt"))})',
+        # The shell passes the warning on and waits, so that a checkpoint is written before the time is up.
+        f'{command} --node "$node" --nproc auto &',
+        "trap 'kill -TERM $!; wait $!' USR1",
+        "wait $!",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _kept(words: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        name = word.partition("=")[0]
+        if skip:
+            skip = False
+        elif name in OWN_FLAGS:
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    return kept
