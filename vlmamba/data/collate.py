@@ -6,14 +6,13 @@ B rows, L longest row, n images of the whole batch, C channels, S image side.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch.utils.data import get_worker_info
 
 from vlmamba.data.encode import IGNORE
+from vlmamba.data.pixels import PixelBuffer, joined
 from vlmamba.data.types import Batch, Item
 
 MODEL_KEYS = ("input_ids", "attention_mask", "labels", "seq_idx", "pixel_values")
@@ -21,7 +20,12 @@ MODEL_KEYS = ("input_ids", "attention_mask", "labels", "seq_idx", "pixel_values"
 
 
 def collate(
-    items: Sequence[Item], pad_token_id: int, *, pad_to_multiple_of: int = 1, packed: bool = False
+    items: Sequence[Item],
+    pad_token_id: int,
+    *,
+    pad_to_multiple_of: int = 1,
+    packed: bool = False,
+    buffer: PixelBuffer | None = None,
 ) -> Batch:
     """Pad and join, or pack and join.
 
@@ -30,6 +34,7 @@ def collate(
         pad_token_id: What fills `input_ids`; masks come from lengths, so it may equal any real token.
         pad_to_multiple_of: Round the length up.
         packed: One row of all items instead of one row an item.
+        buffer: Where the pictures of the items already stand, in their order.
 
     Returns:
         ``input_ids``, ``labels`` (B, L) int64; padded: ``attention_mask`` (B, L) int64; packed: ``seq_idx`` (1, L)
@@ -44,19 +49,9 @@ def collate(
     batch = (_one_row if packed else _side_by_side)(items, lengths, width, pad_token_id)
     pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
     if pixels:
-        batch["pixel_values"] = _joined(pixels)
+        batch["pixel_values"] = buffer.whole() if buffer is not None and buffer.used else joined(pixels)
     batch.update(_accounts(items, lengths, batch["labels"]))
     return batch
-
-
-def _joined(pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(n, C, S, S); in a worker at once in the memory that the main process reads, which saves a copy."""
-    if get_worker_info() is None or len({(p.dtype, p.shape[1:]) for p in pixels}) > 1:
-        return torch.cat(list(pixels))
-    shape = (sum(len(p) for p in pixels), *pixels[0].shape[1:])
-    storage = pixels[0]._typed_storage()._new_shared(math.prod(shape), device="cpu")
-    out = pixels[0].new(storage).resize_(shape)
-    return torch.cat(list(pixels), out=out)
 
 
 def _side_by_side(items: Sequence[Item], lengths: Sequence[int], width: int, pad: int) -> Batch:

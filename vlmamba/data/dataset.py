@@ -16,6 +16,7 @@ from vlmamba.data.conversation import ImagePosition
 from vlmamba.data.encode import SampleEncoder
 from vlmamba.data.images import MAX_PIXELS
 from vlmamba.data.mixture import Mixture, as_mixture
+from vlmamba.data.pixels import PixelBuffer
 from vlmamba.data.types import Item, Processor, RowError, Sample, Source
 from vlmamba.errors import DataError
 
@@ -85,7 +86,15 @@ class VLDataset(SampleEncoder, Dataset[Item]):
         self._text_rows = int((num_images[order] == 0).sum())
 
     def __getitem__(self, index: int) -> Item:
+        """See `item`."""
+        return self.item(index)
+
+    def item(self, index: int, buffer: PixelBuffer | None = None) -> Item:
         """One sample.
+
+        Args:
+            index: Its row.
+            buffer: Where to put its pictures.
 
         Returns:
             What `SampleEncoder.encode` does, and ``index`` (as asked), ``used_index`` (differs when replaced),
@@ -98,7 +107,7 @@ class VLDataset(SampleEncoder, Dataset[Item]):
         bad: list[dict[str, Any]] = []
         for candidate in self._candidates(index):
             try:
-                item = self.encode(self.mixture[candidate])
+                item = self.encode(self.mixture[candidate], buffer)
             except RowError as error:
                 if self.strict:
                     raise

@@ -13,6 +13,7 @@ import torch
 
 from vlmamba.data.conversation import ImagePosition, place_images
 from vlmamba.data.images import MAX_PIXELS, open_image
+from vlmamba.data.pixels import PixelBuffer
 from vlmamba.data.types import Encoded, ImageRef, Item, Message, Processor, RowError, Sample, as_long
 from vlmamba.errors import ConfigError, ImageError
 
@@ -31,7 +32,7 @@ class Fitted:
     @property
     def num_supervised(self) -> int:
         """Tokens with a label that can be predicted (the first token of a row cannot)."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORE)
 
 
 class SampleEncoder:
@@ -65,8 +66,8 @@ class SampleEncoder:
         self.max_pixels = max_pixels
         self.exif_transpose = exif_transpose
 
-    def encode(self, sample: Sample) -> Item:
-        """Tensors of a sample as its source gives it.
+    def encode(self, sample: Sample, buffer: PixelBuffer | None = None) -> Item:
+        """Tensors of a sample as its source gives it, its pictures in `buffer`, if given.
 
         Returns:
             ``input_ids`` (L,), ``labels`` (L,) with -100 where unsupervised, ``pixel_values`` (n, C, S, S) or
@@ -78,7 +79,7 @@ class SampleEncoder:
         sample = self.place(sample)
         fitted = self.fit(sample)
         events = [*sample.events, *fitted.events]
-        pixels = self.load_images(sample, fitted.images, events)
+        pixels = self.load_images(sample, fitted.images, events, buffer)
         return {
             "input_ids": as_long(fitted.input_ids),
             "labels": as_long(fitted.labels),
@@ -125,9 +126,13 @@ class SampleEncoder:
         return fitted
 
     def load_images(
-        self, sample: Sample, images: Sequence[ImageRef], events: list[str]
+        self,
+        sample: Sample,
+        images: Sequence[ImageRef],
+        events: list[str],
+        buffer: PixelBuffer | None = None,
     ) -> torch.Tensor | None:
-        """Open and preprocess pictures: (n, C, S, S), or None for none.
+        """Open and preprocess pictures: (n, C, S, S), or None for none; in `buffer`, if given.
 
         Raises:
             RowError: One of them cannot be opened.
@@ -141,7 +146,9 @@ class SampleEncoder:
             ]
         except ImageError as error:
             raise RowError(str(error), sample.where, sample.id, "image") from error
-        return torch.as_tensor(self.processor.image_processor(opened)["pixel_values"])
+        prepare = self.processor.image_processor
+        placed = None if buffer is None else buffer.add(prepare, opened)
+        return placed if placed is not None else torch.as_tensor(prepare(opened)["pixel_values"])
 
     def _check(self, encoded: Encoded, images: Sequence[ImageRef], sample: Sample) -> None:
         if encoded.num_images != len(images):

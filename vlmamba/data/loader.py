@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,6 +18,7 @@ from vlmamba.data.collate import collate
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.encode import IGNORE
 from vlmamba.data.ledger import BadSamples
+from vlmamba.data.pixels import PixelBuffer
 from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch, row_of
 from vlmamba.data.types import Batch, Item
 from vlmamba.errors import ConfigError, DataError, VLMambaError
@@ -146,7 +149,7 @@ class Loader:
             persistent_workers=persistent_workers and num_workers > 0,
             timeout=timeout,
             collate_fn=as_is,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=set_up_worker,
             generator=torch.Generator().manual_seed(settings.seed),
         )
 
@@ -316,20 +319,28 @@ class _MicroBatches(Dataset[Batch]):
         self.multiple, self.packed = settings.pad_to_multiple_of, settings.pack_tokens is not None
 
     def __getitem__(self, indices: list[int]) -> Batch:
+        buffer = PixelBuffer(expected=len(indices))
         try:
-            items = [self._item(index) for index in indices]
+            items = [self._item(index, buffer) for index in indices]
         except VLMambaError as error:
             error.__cause__ = error.__context__ = None
             return {_FAILURE: error}
         pad = self.dataset.processor.pad_token_id
-        return collate(items, pad, pad_to_multiple_of=self.multiple, packed=self.packed)
+        return collate(items, pad, pad_to_multiple_of=self.multiple, packed=self.packed, buffer=buffer)
 
-    def _item(self, index: int) -> Item:
-        item = self.dataset[row_of(index)]
+    def _item(self, index: int, buffer: PixelBuffer) -> Item:
+        item = self.dataset.item(row_of(index), buffer)
         if index < 0:
             item["labels"] = torch.full_like(item["labels"], IGNORE)
             item["filler"] = True
         return item
+
+
+def set_up_worker(number: int) -> None:
+    """One process, one core: the tokenizer starts no threads, and what the parent made is never garbage."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()
+    leave_signals_to_the_parent(number)
 
 
 def leave_signals_to_the_parent(_: int) -> None:

@@ -25,7 +25,7 @@ from vlmamba.data.collate import collate
 from vlmamba.data.dataset import bad_record
 from vlmamba.data.encode import IGNORE, SampleEncoder
 from vlmamba.data.ledger import BadSamples
-from vlmamba.data.loader import Step, as_is, leave_signals_to_the_parent, received
+from vlmamba.data.loader import Step, as_is, received, set_up_worker
 from vlmamba.data.types import Batch, Item, RowError, Sample, Stream
 from vlmamba.errors import ConfigError, DataError, VLMambaError
 
@@ -200,7 +200,7 @@ class StreamLoader:
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             collate_fn=as_is,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=set_up_worker,
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
         self._iterator = iter(loader)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -121,7 +122,10 @@ class Processor(Protocol):
 
     @property
     def image_processor(self) -> Any:
-        """``image_processor(images) -> {"pixel_values": (n, C, S, S)}``."""
+        """``image_processor(images) -> {"pixel_values": (n, C, S, S)}``.
+
+        One that also has ``output_shape`` (C, S, S) and ``process_one(image, out)`` writes into the batch itself.
+        """
         ...
 
     def encode_messages(self, messages: list[Message], *, add_generation_prompt: bool = False) -> Encoded:
@@ -180,4 +184,4 @@ Batch = dict[str, Any]
 
 def as_long(values: Sequence[int]) -> torch.Tensor:
     """A 1-D int64 tensor."""
-    return torch.tensor(list(values), dtype=torch.long)
+    return torch.from_numpy(np.array(values, dtype=np.int64))

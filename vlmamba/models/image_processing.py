@@ -100,6 +100,11 @@ class VLMambaImageProcessor(BaseImageProcessor):
         """Channels C of the output."""
         return len(self.mean)
 
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of what becomes of an image."""
+        return self.num_channels, self.size, self.size
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-able values."""
         return {
@@ -141,7 +146,7 @@ class VLMambaImageProcessor(BaseImageProcessor):
                 f"processor is made (or saved with the checkpoint), not per call."
             )
         flat = list(_flatten(images))
-        stacked = np.empty((len(flat), self.num_channels, self.size, self.size), dtype=np.float32)
+        stacked = np.empty((len(flat), *self.output_shape), dtype=np.float32)
         for image, out in zip(flat, stacked, strict=True):
             self.process_one(image, out)
         return BatchFeature(data={"pixel_values": stacked}, tensor_type=return_tensors)
@@ -149,18 +154,18 @@ class VLMambaImageProcessor(BaseImageProcessor):
     def process_one(self, image: Any, out: np.ndarray | None = None) -> np.ndarray:
         """One image (any kind that `preprocess` takes) to a (C, S, S) float32 array, or into `out`."""
         picture = to_rgb(image, exif_transpose=self.exif_transpose)
-        squares: dict[tuple[int, ...], np.ndarray] = {}
-        shape = (self.num_channels, self.size, self.size)
-        result = np.empty(shape, dtype=np.float32) if out is None else out
+        squares: dict[tuple[int, ...], list[np.ndarray]] = {}
+        result = np.empty(self.output_shape, dtype=np.float32) if out is None else out
         for start in range(0, self.num_channels, 3):
             mean, std = self.mean[start : start + 3], self.std[start : start + 3]
             fill = tuple(int(x * 255) for x in mean) if self.mode == "pad" else ()
             if fill not in squares:
-                squares[fill] = np.asarray(self._square(picture, fill)).transpose(2, 0, 1)
+                squares[fill] = [np.asarray(band) for band in self._square(picture, fill).split()]
             for channel, (pixels, m, s) in enumerate(zip(squares[fill], mean, std, strict=True), start=start):
-                # 256 values are normalised in float64 once, not every pixel.
-                levels = ((np.arange(256) / 255.0 - m) / s).astype(np.float32)
-                np.take(levels, pixels, out=result[channel], mode="clip")
+                plane = result[channel]
+                plane[...] = pixels
+                plane *= np.float32(1 / (255 * s))
+                plane -= np.float32(m / s)
         return result
 
     def _square(self, picture: Image.Image, fill: tuple[int, ...]) -> Image.Image:

@@ -234,25 +234,30 @@ class VLMambaProcessor(ProcessorMixin):
         return _reopen_last(segments, special.get("eos_token", "")) if continue_final_message else segments
 
     def _encode(self, segments: Sequence[Segment]) -> Encoded:
+        pieces = [(piece, segment.supervised) for segment in segments for piece in segment.pieces]
         ids: list[int] = list(self._prefix_ids)
         labels: list[int] = [IGNORE_INDEX] * len(ids)
-        num_images = 0
-        for segment in segments:
-            start = len(ids)
-            for piece in segment.pieces:
-                if piece.kind == "image":
-                    num_images += 1
-                    ids += [self.image_token_id] * self.num_image_tokens
-                else:
-                    literal = piece.kind == "literal"
-                    ids += self.tokenizer(piece.text, add_special_tokens=False, split_special_tokens=literal)[
-                        "input_ids"
-                    ]
-            labels += ids[start:] if segment.supervised else [IGNORE_INDEX] * (len(ids) - start)
-        labels = [
-            IGNORE_INDEX if i == self.image_token_id else label for i, label in zip(ids, labels, strict=True)
-        ]
-        return Encoded(ids, labels, num_images)
+        for (piece, supervised), tokens in zip(pieces, self._tokenize([p for p, _ in pieces]), strict=True):
+            ids += tokens
+            labels += tokens if supervised and piece.kind != "image" else [IGNORE_INDEX] * len(tokens)
+        return Encoded(ids, labels, sum(piece.kind == "image" for piece, _ in pieces))
+
+    def _tokenize(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Ids of each piece, those of all texts in one call of the tokenizer, which costs more than its work."""
+        found = [[self.image_token_id] * self.num_image_tokens if p.kind == "image" else [] for p in pieces]
+        for kind in ("text", "literal"):
+            places = [place for place, piece in enumerate(pieces) if piece.kind == kind]
+            if places:
+                encoded = self.tokenizer(
+                    [pieces[place].text for place in places],
+                    add_special_tokens=False,
+                    split_special_tokens=kind == "literal",
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                )
+                for place, ids in zip(places, encoded["input_ids"], strict=True):
+                    found[place] = ids
+        return found
 
     def _batch(
         self,
