@@ -49,6 +49,32 @@ def test_nothing_leaks_between_segments(inputs, segments, backend):
     assert (state == 0).all()
 
 
+@pytest.mark.parametrize("name", ["u", "dt", "B", "C", "z", "initial_state"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_numbers_reach_the_end_of_their_segment_only(inputs, segments, backend, name, bad):
+    place = (0, 2, 1) if name == "initial_state" else (0, 3, *[0] * (inputs[name].dim() - 2))
+    inputs[name][place] = bad
+    leaves = {key: tensor.requires_grad_() for key, tensor in inputs.items()}
+    ids = segments([8, 13], [8, 13])
+    y, last = selective_scan(**leaves, seq_idx=ids, return_last_state=True, backend=backend)
+    assert not y[0, :8].isfinite().all()
+    assert y[0, 8:].isfinite().all()
+    assert y[1].isfinite().all()
+    assert last.isfinite().all()
+    for gradient in torch.autograd.grad(y.sum(), [leaves[key] for key in TIMED]):
+        assert gradient[0, 8:].isfinite().all()
+        assert gradient[1].isfinite().all()
+
+
+def test_a_bad_number_does_not_reach_the_segment_before(inputs, segments, backend):
+    inputs["u"][0, 15, 1] = float("nan")
+    leaves = {key: tensor.requires_grad_() for key, tensor in inputs.items()}
+    y = selective_scan(**leaves, seq_idx=segments([8, 13], [8, 13]), backend=backend)
+    assert y[0, :8].isfinite().all()
+    for gradient in torch.autograd.grad(y.sum(), [leaves[key] for key in ("u", "dt", "B", "initial_state")]):
+        assert gradient[0, :8].isfinite().all()
+
+
 def test_an_id_that_comes_back_is_a_new_segment(inputs, assert_near, backend):
     again = torch.tensor([[5] * 8 + [-1] * 2 + [5] * 11] * 2)
     fresh = torch.tensor([[0] * 8 + [1] * 2 + [2] * 11] * 2)

@@ -39,16 +39,17 @@ def check_dtype(op: str, label: str, tensor: Tensor | None, dtype: torch.dtype, 
         raise ShapeError(f"{op}: {label} has dtype {tensor.dtype}, but {dtype} ({legend}) is needed.")
 
 
-def check_floating(op: str, label: str, tensor: Tensor) -> None:
-    """Raise unless the tensor holds floating-point numbers.
+def check_floating(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise unless all tensors hold (real) floating-point numbers.
 
     Raises:
-        ShapeError: It does not.
+        ShapeError: One does not.
     """
-    if not tensor.dtype.is_floating_point:
-        raise ShapeError(
-            f"{op}: {label} has dtype {tensor.dtype}, but a floating-point dtype is needed; convert it."
-        )
+    for label, tensor in tensors.items():
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise ShapeError(
+                f"{op}: {label} has dtype {tensor.dtype}, but a floating-point dtype is needed; convert it."
+            )
 
 
 def check_device(op: str, main: Tensor, others: Mapping[str, Tensor | None]) -> None:

@@ -57,16 +57,19 @@ def causal_conv1d(
     batch, length, channels = x.shape
     check_shape(name, "weight", weight, (channels, None), "(D, K)")
     history = weight.shape[1] - 1
+    if history < 0:
+        raise ShapeError(
+            f"{name}: weight has shape {tuple(weight.shape)}, but (D, K) with K of 1 or more is needed."
+        )
     check_shape(name, "bias", bias, (channels,), "(D)")
     check_shape(name, "seq_idx", seq_idx, (batch, length), "(B, L)")
     check_integers(name, "seq_idx", seq_idx)
     check_shape(name, "initial_state", initial_state, (batch, history, channels), "(B, K-1, D)")
-    check_device(
-        name, x, {"weight": weight, "bias": bias, "seq_idx": seq_idx, "initial_state": initial_state}
-    )
+    tensors = {"weight": weight, "bias": bias, "initial_state": initial_state}
+    check_device(name, x, tensors | {"seq_idx": seq_idx})
+    check_floating(name, {"x": x} | tensors)
     if activation not in (None, "silu"):
         raise ShapeError(f"{name}: activation is {activation!r}, but None or 'silu' is needed.")
-    check_floating(name, "x", x)
     extended, ids = _with_history(x, seq_idx, initial_state, reverse)
     lead = extended.shape[1] - length
     run = compiled.conv if torch.compiler.is_compiling() else run_conv

@@ -148,9 +148,9 @@ def selective_state_update(
         raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
     for label, tensor in (("dt", dt), ("z", z), ("B", B), ("C", C)):
         check_dtype(name, label, tensor, u.dtype, "like u")
-    check_floating(name, "u", u)
     tensors = {"state": state, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     check_device(name, u, tensors)
+    check_floating(name, {"u": u} | tensors)
     call = StepCall(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     run = compiled.step if torch.compiler.is_compiling() else run_step
     return run(call, backend)
@@ -193,16 +193,19 @@ def _checked_call(
     check_shape(name, "initial_state", initial_state, (batch, channels, size), "(B, D, N)")
     check_shape(name, "state_at", state_at, (batch, None), "(B, S)")
     check_integers(name, "state_at", state_at, limit=length)
-    tensors = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "seq_idx": seq_idx}
-    check_device(name, u, tensors | {"initial_state": initial_state, "state_at": state_at})
+    tensors = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    tensors |= {"initial_state": initial_state}
+    check_device(name, u, tensors | {"seq_idx": seq_idx, "state_at": state_at})
+    check_floating(name, {"u": u} | tensors)
     groups = B.shape[2]
+    if not isinstance(reverse, bool | Sequence):
+        raise ShapeError(f"{name}: reverse is {reverse!r}, but a bool, or one for each group, is needed.")
     directions = (reverse,) * groups if isinstance(reverse, bool) else tuple(bool(flag) for flag in reverse)
     if len(directions) != groups:
         raise ShapeError(
             f"{name}: reverse has {len(directions)} entries for {groups} groups of B and C; give one for "
             "each group, or a single bool."
         )
-    check_floating(name, "u", u)
     return ScanCall(
         u=u,
         dt=dt,

@@ -6,7 +6,7 @@ Of a block, B and D are its own rows and channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ CHUNK_STEPS = 8
 """T on a CPU; longer chunks fall out of the cache. The saved states are 1/T of all states."""
 
 STEEP = 4.0
-"""Exponents beyond this are exact on a CPU: the rounding of one, 2^-24 of its size, is the relative error of a decay."""
+"""Larger exponents are exact on a CPU: the rounding of one, 2^-24 of its size, is the relative error of a decay."""
 
 DEVICE_BLOCK_ELEMENTS, DEVICE_CHUNK_STEPS = 2**20, 16
 """The same for accelerators, where few launches and little memory count."""
@@ -81,9 +81,10 @@ def cut_into_blocks(
 
 @dataclass(slots=True)
 class Marks:
-    """Special places of one chunk, as flat (T, B) indices."""
+    """Special places of one chunk, as flat (T, B) indices; restarts also as rows, by step."""
 
     restarts: Tensor | None = None
+    restart_rows: dict[int, Tensor] = field(default_factory=dict)
     asked: Tensor | None = None
     row: Tensor | None = None
     slot: Tensor | None = None
@@ -133,8 +134,12 @@ class Plan:
         marks = Marks()
         starts = self._starts.get(block.reverse)
         if starts is not None:
-            places = starts[start : start + self.steps, block.rows].reshape(-1).nonzero().squeeze(1)
-            marks.restarts = places.to(self._device) if places.numel() else None
+            here = starts[start : start + self.steps, block.rows]
+            places = here.reshape(-1).nonzero().squeeze(1)
+            if places.numel():
+                marks.restarts = places.to(self._device)
+                steps = here.any(dim=1).nonzero().squeeze(1).tolist()
+                marks.restart_rows = {t: here[t].nonzero().squeeze(1).to(self._device) for t in steps}
         if self._state_at is not None:
             at = self._state_at[block.rows]
             at = (self.length - 1 - at if block.reverse else at) - start
@@ -195,7 +200,7 @@ class Space:
             self.grad_steps = self.grad.unbind(0)
             self.carry = x.u.new_empty(shape[1:])
 
-    def run(self, x: Inputs, chunk: int, restarts: Tensor | None) -> int:
+    def run(self, x: Inputs, chunk: int, marks: Marks) -> int:
         """Fill the decays and states of a chunk, given `states[0]`; returns its number of steps."""
         delta = x.delta_chunks[chunk]
         steps = delta.shape[0]
@@ -207,12 +212,10 @@ class Space:
         decay.exp_()
         if lost is not None:  # exp(x - lost); products beyond float32 have lost nothing that counts
             decay.mul_(lost.nan_to_num_(0.0).clamp_(-1e-3, 1e-3).neg_().add_(1.0))
-        if restarts is not None:
-            decay.flatten(0, 1).index_fill_(0, restarts, 0)
         torch.mul(x.B_columns[chunk], x.delta_u_chunks[chunk], out=self.states[1 : steps + 1])
         decays, states = self.decay_steps, self.state_steps
         for t in range(steps):
-            states[t + 1].addcmul_(decays[t], states[t])
+            states[t + 1].addcmul_(decays[t], _forgotten(states[t], marks.restart_rows.get(t)))
         return steps
 
     def run_grad(self, columns: Tensor, dy: Tensor, steps: int, marks: Marks, asked: Tensor | None) -> None:
@@ -224,5 +227,10 @@ class Space:
         decays, grads = self.decay_steps, self.grad_steps
         grads[steps - 1].add_(self.carry)
         for t in range(steps - 1, 0, -1):
-            grads[t - 1].addcmul_(decays[t], grads[t])
-        torch.mul(decays[0], grads[0], out=self.carry)
+            grads[t - 1].addcmul_(decays[t], _forgotten(grads[t], marks.restart_rows.get(t)))
+        torch.mul(decays[0], _forgotten(grads[0], marks.restart_rows.get(0)), out=self.carry)
+
+
+def _forgotten(state: Tensor, rows: Tensor | None) -> Tensor:
+    """The state (B, N, D) with zeros in some rows, whatever they hold: a decay of zero would keep NaN."""
+    return state if rows is None else state.index_fill(0, rows, 0)

@@ -49,7 +49,7 @@ def _block_forward(
             first.copy_(end)
         if saved is not None:
             saved[chunk] = first
-        steps = space.run(x, chunk, mark.restarts)
+        steps = space.run(x, chunk, mark)
         after = space.states[1 : steps + 1].flatten(0, 1)
         torch.bmm(x.C_rows[chunk], after, out=out_rows[chunk])
         if states is not None and mark.asked is not None:
@@ -117,7 +117,7 @@ def _block_backward(
     for chunk in range(len(marks) - 1, -1, -1):
         mark = marks[chunk]
         space.state_steps[0].copy_(saved[chunk])
-        steps = space.run(x, chunk, mark.restarts)
+        steps = space.run(x, chunk, mark)
         asked = None
         if d_states is not None and mark.asked is not None:
             asked = d_states[mark.row, mark.slot, block.channels].transpose(1, 2)
@@ -130,6 +130,8 @@ def _block_backward(
         torch.bmm(delta_u_rows[chunk], flat.transpose(1, 2), out=d_B_rows[chunk])
         torch.bmm(x.B_rows[chunk], flat, out=d_delta_u_rows[chunk])
         grad.mul_(space.decay[:steps]).mul_(space.states[:steps])
+        if mark.restarts is not None:
+            flat.index_fill_(0, mark.restarts, 0)
         work = space.work[:steps]
         torch.mul(grad, x.A, out=work)
         torch.sum(work, dim=2, out=d_delta_chunks[chunk])
