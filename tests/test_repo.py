@@ -30,8 +30,19 @@ MAY_IMPORT = {
     "evaluation": {"ssm", "models", "data", "checkpoints"},
     "integrations": {"ssm", "models", "data", "evaluation"},
     "ablations": {"ssm", "models", "data", "training", "evaluation"},
+    "interpret": {"ssm", "models", "data", "evaluation"},
     "testing": {"ssm", "models", "data", "training"},
-    "cli": {"ssm", "models", "data", "checkpoints", "training", "evaluation", "integrations", "ablations"},
+    "cli": {
+        "ssm",
+        "models",
+        "data",
+        "checkpoints",
+        "training",
+        "evaluation",
+        "integrations",
+        "interpret",
+        "ablations",
+    },
 }
 
 

@@ -19,6 +19,7 @@ VERBS = {
     "train": "train a recipe: vlmamba train train/vl_mamba.py:pretrain --optim.lr 1e-3",
     "eval": "measure a checkpoint: vlmamba eval runs/quickstart/finetune --tasks playground",
     "chat": "talk with a checkpoint in the terminal",
+    "inspect": "draw which patches mattered for an answer: vlmamba inspect runs/NAME --image X --question Q",
     "serve": "answer requests of OpenAI's chat-completions interface",
     "data": "check, show or count annotation files and their pictures: vlmamba data check FILE --images FOLDER",
     "plan": "memory, tokens and hours of a recipe: vlmamba plan train/vl_mamba.py:finetune --gpus 8",
