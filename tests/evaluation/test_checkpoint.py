@@ -69,6 +69,28 @@ def write(path, rows):
     return path
 
 
+def test_results_that_cannot_be_written(checkpoint, folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/below", "/proc/nothing"):
+        with pytest.raises(
+            ConfigError, match=r"results cannot be written to .*Choose another folder \(--output\)"
+        ):
+            evaluate_checkpoint(checkpoint, "playground", place, folder=folder, progress=False)
+
+
+def test_answers_of_other_weights_are_not_mixed(checkpoint, folder, tmp_path):
+    how = {"folder": folder, "progress": False}
+    evaluate_checkpoint(checkpoint, "playground", tmp_path / "out", limit=2, **how)
+    before = (tmp_path / "out/results.json").read_bytes()
+    model, processor = tiny_model(seed=1)
+    model.save_pretrained(tmp_path / "other/export")
+    processor.save_pretrained(tmp_path / "other/export")
+    with pytest.raises(DataError, match=r"holds 2 answer\(s\) given by another model.*--fresh"):
+        evaluate_checkpoint(tmp_path / "other", "playground", tmp_path / "out", limit=2, **how)
+    assert (tmp_path / "out/results.json").read_bytes() == before
+    evaluate_checkpoint(tmp_path / "other", "playground", tmp_path / "out", limit=2, fresh=True, **how)
+
+
 def test_answer_files_of_any_model_are_scored(folder, heldout, tmp_path):
     rows = [{"question_id": str(i), "text": f"{i}."} for i in range(8)]
     rows += [{"question_id": 8, "text": "second"}, {"question_id": 9, "text": "second"}]
@@ -80,7 +102,7 @@ def test_answer_files_of_any_model_are_scored(folder, heldout, tmp_path):
     few = write(tmp_path / "few.jsonl", rows[:4])
     with pytest.raises(
         DataError,
-        match=r"6 question\(s\) not answered \(allow_missing .*\), such as '4', '5', '6'; the file has 4",
+        match=r"6 question\(s\) not answered \(--allow-missing .*\), such as '4', '5', '6'; the file has 4",
     ):
         score_predictions("playground", few, folder=folder)
     result = score_predictions("playground", few, folder=folder, allow_missing=True)

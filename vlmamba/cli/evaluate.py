@@ -135,6 +135,8 @@ def _processes(text: str) -> str:
 
 
 def _batch_size(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"a number of questions or auto, got {text!r}")
     return text if text == "auto" else int(text)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def evaluate_checkpoint(
         result). Results that the file holds of other tasks, for the same weights, stay in it.
 
     Raises:
-        ConfigError: An unknown task, or none.
+        ConfigError: An unknown task, or none; or nothing can be written to `output`.
         MissingFileError: No such checkpoint or task file.
         DataError: See `vlmamba.evaluation.runner.evaluate`.
     """
@@ -81,8 +82,7 @@ def evaluate_checkpoint(
     ranks = ranks or Ranks()
     model, processor = load_for_evaluation(checkpoint, device, dtype)
     apply_switches(model, processor, switches or {})
-    target = Path(checkpoint) / "eval" if output is None else Path(output)
-    target.mkdir(parents=True, exist_ok=True)
+    target = _output_folder(Path(checkpoint) / "eval" if output is None else Path(output))
     results: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "model": describe_model(model, processor),
@@ -109,6 +109,22 @@ def evaluate_checkpoint(
             results["tasks"][task.name] = result
             write_json(target / RESULTS_FILE, results)
     return ranks.on_main(lambda: results)
+
+
+def _output_folder(target: Path) -> Path:
+    """The folder for results, made if need be.
+
+    Raises:
+        ConfigError: It cannot be made, or nothing can be written there.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target).close()
+    except OSError as error:
+        raise ConfigError(
+            f"results cannot be written to {target}: {error.strerror}. Choose another folder (--output)"
+        ) from error
+    return target
 
 
 def load_for_evaluation(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:

@@ -295,8 +295,8 @@ def check_answers(path: Path, done: Answers, task: Task, run_id: str) -> Answers
     if foreign:
         raise DataError(
             f"{path} holds {len(foreign)} answer(s) given by another model, data or settings (such as "
-            f"to question {foreign[0]['question_id']!r}). Choose another output, or delete the file to ask "
-            "again"
+            f"to question {foreign[0]['question_id']!r}). Choose another output, or forget these answers "
+            "(vlmamba eval --fresh)"
         )
     known = {sample.key for sample in task.samples}
     strange = [key[0] for key in done if key not in known]
