@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from vlmamba.errors import ShapeError
 from vlmamba.ssm import causal_conv1d, selective_scan, selective_state_update
 from vlmamba.ssm.mixer import MambaMixer
 from vlmamba.ssm.state import MambaState
@@ -111,6 +112,26 @@ def test_positions_out_of_range_are_found_when_the_graph_runs(inputs):
     assert run(torch.tensor([[1], [6]])).shape == (2, 1, 8, 4)
     with pytest.raises(ValueError, match="state_at has values from 1 to 7, but positions from 0 to 6 exist"):
         run(torch.tensor([[1], [7]]))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_misfits_carry_both_values(inputs, fullgraph):
+    """With fullgraph=True torch raises an error of its own class, which quotes ours."""
+    run = torch.compile(
+        lambda dt: selective_scan(**(inputs | {"dt": dt})), backend="aot_eager", fullgraph=fullgraph
+    )
+    text = r"dt has shape \(2, 4, 8\), but \(B, L, D\) like u = \(2, 7, 8\) is needed"
+    with pytest.raises((ShapeError, RuntimeError), match=text) as error:
+        run(inputs["dt"][:, :4])
+    assert isinstance(error.value, ShapeError) != fullgraph
+
+
+def test_a_refusal_is_a_value_error_in_a_graph_too(inputs):
+    run = torch.compile(
+        lambda: selective_scan(**inputs, backend="torhc"), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(ValueError, match="unknown state-space backend 'torhc'"):
+        run()
 
 
 def test_ops_keep_their_promises(scan_inputs, segments):

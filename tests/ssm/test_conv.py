@@ -174,6 +174,14 @@ def test_errors_carry_both_shapes(inputs):
         causal_conv1d(x, weight, activation="gelu")
     with pytest.raises(ShapeError, match=r"seq_idx has shape \(2, 14\), but \(B, L\) = \(2, 15\) is needed"):
         causal_conv1d(x, weight, seq_idx=torch.zeros(2, 14).int())
+    with pytest.raises(
+        ShapeError, match=r"weight has shape \(6, 0\), but \(D, K\) with K of 1 or more is needed"
+    ):
+        causal_conv1d(x, weight[:, :0])
+    with pytest.raises(
+        ShapeError, match=r"weight has dtype torch\.int32, but a floating-point dtype is needed"
+    ):
+        causal_conv1d(x, weight.int())
     with pytest.raises(ShapeError, match="weight is on meta, but the input is on cpu"):
         causal_conv1d(x, weight.to("meta"))
     with pytest.raises(ShapeError, match=r"x has dtype torch.int64, but a floating-point dtype is needed"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmamba.ssm import causal_conv1d, selective_scan, selective_state_update
-from vlmamba.ssm.backends import cpu_build
+from vlmamba.ssm.backends import cpu_build, cpu_step
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in cpu_build.COMPILERS), reason="there is no C++ compiler"
@@ -241,6 +241,21 @@ class TestStep:
         first, second = (selective_state_update(view, *u, A, *matrix, backend="cpu") for view in views)
         assert torch.equal(first, second)
         assert torch.equal(*views)
+
+    def test_steps_are_equal_for_any_number_of_threads(self, monkeypatch):
+        monkeypatch.setattr(cpu_step, "NUMBERS_OF_A_THREAD", 64)
+        u, z, matrix = torch.randn(8, 40), torch.randn(8, 40), torch.randn(8, 16)
+        A, start = -torch.rand(40, 16), torch.randn(8, 40, 16)
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 7):
+                torch.set_num_threads(threads)
+                state = start.clone()
+                y = selective_state_update(state, u, z, A, matrix, matrix, z=z, backend="cpu")
+                results.append((y, state))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for found in results for a, b in zip(found, results[0], strict=True))
 
     def test_no_rows(self):
         state = torch.zeros(0, 6, 5)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,15 @@ def test_a_folder_for_reading_only(fresh, content, monkeypatch, caplog):
     monkeypatch.setattr(cpu_build.tempfile, "mkstemp", refuse)
     assert cpu.available() is True
     assert len(compiled) == 2
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that nobody can write to is in /proc")
+def test_a_folder_that_nobody_can_write_to(fresh, content, monkeypatch, caplog):
+    monkeypatch.setattr(cpu_build, "_compile", lambda *_: content)
+    monkeypatch.setenv("VLMAMBA_CACHE", "/proc/self/vlmamba")
+    assert cpu.available() is True
+    assert "cannot keep the native CPU kernel ([Errno" in caplog.text
 
 
 @needs_compiler

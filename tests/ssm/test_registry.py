@@ -161,6 +161,12 @@ def test_choice_is_logged_once(inputs, caplog, monkeypatch):
             {"B": torch.zeros(2, 5, 1, 4).bfloat16()},
             r"B has dtype torch.bfloat16, but torch.float32 \(like u\) is needed",
         ),
+        ({"A": torch.ones(8, 4).int()}, "A has dtype torch.int32, but a floating-point dtype is needed"),
+        (
+            {"initial_state": torch.ones(2, 8, 4).long()},
+            "initial_state has dtype torch.int64, but a floating",
+        ),
+        ({"reverse": None}, "reverse is None, but a bool, or one for each group, is needed"),
         ({"u": torch.zeros(2, 5)}, r"u has shape \(2, 5\), but \(B, L, D\) = \(any, any, any\) is needed"),
         (
             {name: torch.zeros(2, 5, 8).int() for name in ("u", "dt", "z")}
@@ -183,6 +189,7 @@ def test_misfits_carry_both_values(inputs, change, text):
         ({"B": torch.zeros(2, 3, 4)}, "B has 3 groups, which do not divide the 8 channels of u evenly"),
         ({"z": torch.zeros(2, 8).half()}, r"z has dtype torch.float16, but torch.float32 \(like u\)"),
         ({"A": torch.zeros(8, 4, device="meta")}, "A is on meta, but the input is on cpu"),
+        ({"state": torch.zeros(2, 8, 4).int()}, "state has dtype torch.int32, but a floating-point dtype is"),
     ],
 )
 def test_step_misfits_carry_both_values(change, text):
