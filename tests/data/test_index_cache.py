@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +106,31 @@ def test_small_files_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("VLMAMBA_CACHE", str(tmp_path / "cache"))
     RowFile(write(tmp_path / "rows.json", ROWS))
     assert not (tmp_path / "cache").exists()
+
+
+def open_and_count(path: Path, parses: Path, ready: Any) -> None:
+    """Open the file when all are ready; a line in `parses` for each time it is parsed."""
+    find = RowFile._find_rows
+
+    def counted(self: RowFile) -> np.ndarray:
+        with parses.open("a") as file:
+            file.write("parsed\n")
+        time.sleep(0.5)  # the others come while it works
+        return find(self)
+
+    RowFile._find_rows = counted  # type: ignore[method-assign]
+    ready.wait(60)
+    assert len(RowFile(path)) == 40
+
+
+def test_of_several_processes_one_parses_the_file(tmp_path: Path, cache: Path) -> None:
+    path, parses = write(tmp_path / "rows.json", ROWS), tmp_path / "parses"
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(3)
+    processes = [context.Process(target=open_and_count, args=(path, parses, ready)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert parses.read_text().splitlines() == ["parsed"]

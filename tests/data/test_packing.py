@@ -116,6 +116,54 @@ def test_the_fullest_step_comes_first() -> None:
     assert totals[0] == max(totals)
 
 
+TOKEN_STEPS = PlanSettings(step_tokens=8 * 1000, pack_tokens=1000, pad_to_multiple_of=8, seed=1)
+
+
+def test_steps_of_tokens_have_equally_many_rows_of_every_rank() -> None:
+    plan = packed_plan(TOKEN_STEPS)
+    assert np.array_equal(np.sort(plan.rows), np.arange(len(LENGTHS)))
+    for step in range(len(plan)):
+        whole = plan.micro_batches(step)
+        assert len(whole) == 8
+        for ranks in (2, 4, 8):
+            assert plan.micro_batches(step, ranks) == whole, "the same rows on any number of ranks"
+            assert {len(plan.step(step, rank=r, world_size=ranks)) for r in range(ranks)} == {8 // ranks}
+        real = [[n for n in row if n >= 0] for row in whole]
+        assert sorted(n for row in real for n in row) == sorted(plan.step_rows(step).tolist())
+        assert max(LENGTHS[row].sum() for row in real) <= 1000
+
+
+def test_steps_of_tokens_are_full_and_seeded() -> None:
+    plan = packed_plan(TOKEN_STEPS)
+    filled = sorted(LENGTHS[plan.step_rows(step)].sum() / 8000 for step in range(len(plan)))[1:]
+    assert filled[0] > 0.8 and float(np.mean(filled)) > 0.9
+    assert plan.fingerprint == packed_plan(TOKEN_STEPS).fingerprint
+    assert plan.fingerprint != packed_plan(TOKEN_STEPS, epoch=1).fingerprint
+
+
+def test_steps_of_tokens_leave_64_ranks_hardly_idle() -> None:
+    generator = np.random.default_rng(0)
+    images = (generator.random(4000) < 0.94).astype(np.int64)
+    lengths = np.where(images, 580 + generator.integers(20, 400, 4000), generator.integers(300, 2048, 4000))
+    common: dict[str, Any] = {"pack_tokens": 8192, "pad_to_multiple_of": 64, "drop_last": True}
+    samples, tokens = (
+        plan_epoch(np.arange(4000), settings, 0, lengths=lengths, num_images=images).account(world_size=64)
+        for settings in (
+            PlanSettings(step_samples=128, **common),
+            PlanSettings(step_tokens=64 * 8192, **common),
+        )
+    )
+    assert tokens.idle < 0.05 < 0.2 < samples.idle
+    assert tokens.padding < 0.01
+
+
+def test_ranks_that_cannot_share_a_step_of_tokens() -> None:
+    with pytest.raises(ConfigError, match="a step of 8 packed rows cannot be shared among 3 processes"):
+        packed_plan(TOKEN_STEPS).micro_batches(0, 3)
+    with pytest.raises(ConfigError, match="step_tokens 2100 is not a multiple of pack_tokens 1000"):
+        PlanSettings(step_tokens=2100, pack_tokens=1000)
+
+
 def test_what_packing_needs() -> None:
     with pytest.raises(ConfigError, match="the longest row has 500 tokens but pack_tokens is 400"):
         packed_plan(PlanSettings(step_samples=8, pack_tokens=400))

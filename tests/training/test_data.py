@@ -17,7 +17,7 @@ from vlmamba.config import apply_overrides
 from vlmamba.errors import ConfigError, DataError
 from vlmamba.training import loop
 from vlmamba.training.config import TrainConfig
-from vlmamba.training.data import open_sources
+from vlmamba.training.data import open_sources, plan_settings
 from vlmamba.training.metrics import read_log
 from vlmamba.training.run import run
 
@@ -105,6 +105,27 @@ def test_packing_resumes_exactly(make_config: MakeConfig, monkeypatch: pytest.Mo
     half = make_config({"data.pack_length": 256}, output="half")
     stopped_after(half, 2, monkeypatch)
     assert losses_of(run(half, resume=True).run_dir) == losses_of(whole.run_dir)
+
+
+def test_steps_of_tokens_resume_exactly(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"data.pack_length": 256, "batch.tokens_per_step": 512}
+    whole = run(make_config(changes, output="whole"))
+    half = make_config(changes, output="half")
+    stopped_after(half, 2, monkeypatch)
+    assert losses_of(run(half, resume=True).run_dir) == losses_of(whole.run_dir)
+
+
+def test_what_steps_of_tokens_need(make_config: MakeConfig) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tokens_per_step 512 must be a multiple of data\.pack_length, .* none"
+    ):
+        make_config({"batch.tokens_per_step": 512})
+    config = make_config({"data.pack_length": 256, "batch.tokens_per_step": 512})
+    assert plan_settings(config, 2).step_rows == 2
+    with pytest.raises(
+        ConfigError, match="makes 2 packed rows, which 4 processes cannot share equally; 1024 can"
+    ):
+        plan_settings(config, 4)
 
 
 def test_repairs_reach_the_log(make_config: MakeConfig) -> None:

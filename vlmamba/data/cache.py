@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +65,17 @@ def keep_array(path: Path, values: np.ndarray) -> None:
         save_array(path, values)
     except OSError as error:
         logger.warning("%s cannot be written (%s); what is in it is found anew next time", path, error)
+
+
+@contextlib.contextmanager
+def one_process(path: Path) -> Iterator[None]:
+    """Let one process of a host at a time make a kept file; the others wait, and then find it there.
+
+    The system releases the lock of a process that ends. Where a folder cannot be written or locked, nobody waits.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.with_suffix(".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

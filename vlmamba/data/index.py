@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array
+from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array, one_process
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.errors import DataError, MissingFileError
 
@@ -50,13 +50,20 @@ class RowFile:
         path_text, size, changed = file_key(self.path)
         self.fingerprint = f"{self.path.name}:{size}:{changed}"
         kept = cache_folder() / cache_name("rows", _VERSION, path_text, size, changed, self.is_lines)
-        table = load_array(kept, columns=3, mapped=True) if size >= KEPT_FROM else None
-        if table is None:
-            table = self._find_rows()
-            if size >= KEPT_FROM:
-                keep_array(kept, table)
-        self._table = table
+        self._table = self._find_rows() if size < KEPT_FROM else self._kept_rows(kept)
         self._handle: tuple[int, int] | None = None
+
+    def _kept_rows(self, kept: Path) -> np.ndarray:
+        """As `_find_rows`, from the cache folder; of several processes that find nothing there, one looks."""
+        table = load_array(kept, columns=3, mapped=True)
+        if table is not None:
+            return table
+        with one_process(kept):
+            table = load_array(kept, columns=3, mapped=True)
+            if table is None:
+                table = self._find_rows()
+                keep_array(kept, table)
+        return table
 
     def _find_rows(self) -> np.ndarray:
         """(rows, 3) int64: first byte, end, and line (0 in a list) of each row."""

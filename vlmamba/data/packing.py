@@ -15,6 +15,9 @@ n samples of a step, m rows.
 
 from __future__ import annotations
 
+import bisect
+import heapq
+
 import numpy as np
 
 PACK_MULTIPLE = 64
@@ -25,7 +28,7 @@ x 729 = 0.63e12 FLOPs; a token of a 2.8B model takes 11e9 (frozen, gradients pas
 
 
 def pack(lengths: np.ndarray, num_images: np.ndarray, budget: int, *, ranks: int = 1) -> list[list[int]]:
-    """Divide the samples of a step among rows.
+    """Divide the samples of a step among as few rows as hold them.
 
     Args:
         lengths: (n,) tokens of each sample, none above `budget`.
@@ -34,41 +37,63 @@ def pack(lengths: np.ndarray, num_images: np.ndarray, budget: int, *, ranks: int
         ranks: The number of rows is a multiple of it.
 
     Returns:
-        Positions 0..n-1, each once; m rows, the one with the most tokens first. Rows are empty only when there
-        are fewer samples than rows.
+        See `pack_into`.
     """
     count = max(-(-int(lengths.sum()) // budget), 1)
-    work = lengths + IMAGE_WORK * num_images
-    by_work, by_length = (np.argsort(-size, kind="stable") for size in (work, lengths))
     while True:
         count = -(-count // ranks) * ranks
-        rows = _place(by_work, lengths, work, budget, count, best_fit=False)
-        rows = rows or _place(by_length, lengths, work, budget, count, best_fit=True)
+        rows = pack_into(lengths, num_images, budget, count)
         if rows is not None:
-            break
+            return rows
         count += 1
-    return sorted(rows, key=lambda row: -int(lengths[row].sum()))
 
 
-def _place(
-    order: np.ndarray, lengths: np.ndarray, work: np.ndarray, budget: int, count: int, *, best_fit: bool
-) -> list[list[int]] | None:
-    """Samples in the order given, each into one of `count` rows; None when one fits into none of them.
+def pack_into(lengths: np.ndarray, num_images: np.ndarray, budget: int, count: int) -> list[list[int]] | None:
+    """Divide the samples of a step among `count` rows.
 
-    With `best_fit` into the row it fills best, otherwise into that with the least work.
+    Returns:
+        Positions 0..n-1, each once; m rows, the one with the most tokens first. Rows are empty only when there
+        are fewer samples than rows. None: they do not fit.
     """
+    if int(lengths.sum()) > budget * count:
+        return None
+    work = lengths + IMAGE_WORK * num_images
+    rows = _balance(lengths, work, budget, count)
+    rows = rows or _best_fit(lengths, budget, count)
+    return None if rows is None else sorted(rows, key=lambda row: -int(lengths[row].sum()))
+
+
+def _balance(lengths: np.ndarray, work: np.ndarray, budget: int, count: int) -> list[list[int]] | None:
+    """Samples, the most work first, each into the row with the least work of those that hold it."""
     rows: list[list[int]] = [[] for _ in range(count)]
-    tokens = np.zeros(count, dtype=np.int64)
-    done = np.zeros(count, dtype=np.int64)
-    for sample in order.tolist():
-        fits = tokens + lengths[sample] <= budget
-        if not fits.any():
+    left = [budget] * count
+    queue = [(0, row) for row in range(count)]
+    sizes, works = lengths.tolist(), work.tolist()
+    for sample in np.argsort(-work, kind="stable").tolist():
+        full = []
+        while queue and left[queue[0][1]] < sizes[sample]:
+            full.append(heapq.heappop(queue))
+        if not queue:
             return None
-        if best_fit:
-            row = int(np.argmax(np.where(fits, tokens, -1)))
-        else:
-            row = int(np.argmin(np.where(fits, done, np.iinfo(np.int64).max)))
+        done, row = queue[0]
+        heapq.heapreplace(queue, (done + works[sample], row))
         rows[row].append(sample)
-        tokens[row] += lengths[sample]
-        done[row] += work[sample]
+        left[row] -= sizes[sample]
+        for entry in full:
+            heapq.heappush(queue, entry)
+    return rows
+
+
+def _best_fit(lengths: np.ndarray, budget: int, count: int) -> list[list[int]] | None:
+    """Samples, the longest first, each into the row that it fills best."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    left = [(budget, row) for row in range(count)]
+    for sample in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[sample])
+        place = bisect.bisect_left(left, (size, -1))
+        if place == count:
+            return None
+        room, row = left.pop(place)
+        rows[row].append(sample)
+        bisect.insort(left, (room - size, row))
     return rows

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from vlmamba.data.packing import pack
+from vlmamba.data.packing import pack, pack_into
 from vlmamba.errors import ConfigError
 
 Grouping = Literal["random", "length", "modality_length"]
@@ -29,7 +29,8 @@ class PlanSettings:
 
     Attributes:
         step_samples: Rows of an optimizer step (the global batch), or None.
-        step_tokens: Instead: the most tokens of an optimizer step, padding not counted.
+        step_tokens: Instead: the most tokens of an optimizer step, padding not counted. With `pack_tokens`, of
+            which it is a multiple, every step is packed into step_tokens / pack_tokens rows.
         micro_samples: The most rows of a micro-batch, or None.
         micro_tokens: Instead, or as well: the most tokens of a micro-batch, padding counted (rows x longest
             row).
@@ -76,6 +77,17 @@ class PlanSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.step_tokens is not None and self.pack_tokens and self.step_tokens % self.pack_tokens:
+            raise ConfigError(
+                f"step_tokens {self.step_tokens} is not a multiple of pack_tokens {self.pack_tokens}"
+            )
+
+    @property
+    def step_rows(self) -> int | None:
+        """Packed rows of every step, where steps are so many tokens."""
+        if self.step_tokens is None or self.pack_tokens is None:
+            return None
+        return self.step_tokens // self.pack_tokens
 
     @property
     def needs_lengths(self) -> bool:
@@ -131,7 +143,12 @@ class EpochPlan:
         rows = self.step_rows(step)
         if self.settings.pack_tokens is None:
             return _divide(rows, self.lengths, self.settings, world_size)
-        packed = pack(self.lengths[rows], self.num_images[rows], self.settings.pack_tokens, ranks=world_size)
+        lengths, images, budget = self.lengths[rows], self.num_images[rows], self.settings.pack_tokens
+        count = self.settings.step_rows
+        if count is not None and count % world_size:
+            raise ConfigError(f"a step of {count} packed rows cannot be shared among {world_size} processes")
+        packed = None if count is None else pack_into(lengths, images, budget, count)
+        packed = packed or pack(lengths, images, budget, ranks=world_size)
         filler = -int(rows[-1]) - 1
         return [rows[row].tolist() if row else [filler] for row in packed]
 
@@ -262,7 +279,8 @@ def plan_epoch(
     _check_budget(indices, lengths, settings)
     generator = np.random.default_rng((settings.seed, epoch))
     shuffled = generator.permutation(indices)
-    whole, rest = _group(shuffled, lengths, num_images, settings)
+    images = np.zeros_like(lengths) if num_images is None else np.asarray(num_images, dtype=np.int64)
+    whole, rest = _group(shuffled, lengths, images, settings)
     order = generator.permutation(len(whole))
     steps = [whole[i] for i in order]
     steps += [] if settings.drop_last else rest
@@ -273,8 +291,7 @@ def plan_epoch(
         steps.insert(0, steps.pop(worst))
     bounds = np.cumsum([0, *(len(step) for step in steps)]).astype(np.int64)
     rows = np.concatenate(steps) if steps else np.empty(0, dtype=np.int64)
-    images = np.zeros(len(lengths), dtype=np.int64) if num_images is None else np.asarray(num_images)
-    return EpochPlan(rows, bounds, lengths, images.astype(np.int64), settings, dropped)
+    return EpochPlan(rows, bounds, lengths, images, settings, dropped)
 
 
 def _memory(lengths: np.ndarray, settings: PlanSettings) -> tuple[float, int]:
@@ -282,7 +299,7 @@ def _memory(lengths: np.ndarray, settings: PlanSettings) -> tuple[float, int]:
     total = int(lengths.sum())
     if settings.pack_tokens is None:
         return float(lengths[0]), total
-    return total / -(-total // settings.pack_tokens), total
+    return total / (settings.step_rows or -(-total // settings.pack_tokens)), total
 
 
 def _check_budget(indices: np.ndarray, lengths: np.ndarray, settings: PlanSettings) -> None:
@@ -296,13 +313,13 @@ def _check_budget(indices: np.ndarray, lengths: np.ndarray, settings: PlanSettin
 
 
 def _group(
-    shuffled: np.ndarray, lengths: np.ndarray, num_images: np.ndarray | None, settings: PlanSettings
+    shuffled: np.ndarray, lengths: np.ndarray, images: np.ndarray, settings: PlanSettings
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Full steps, and the smaller step (or none) that takes what is left over."""
     if settings.grouping == "random":
-        return _cut(shuffled, lengths, settings)
-    if settings.grouping == "modality_length" and num_images is not None:
-        flags = np.asarray(num_images)[shuffled] > 0
+        return _cut_steps(shuffled, lengths, images, settings)
+    if settings.grouping == "modality_length":
+        flags = images[shuffled] > 0
         groups = [shuffled[flags], shuffled[~flags]]
     else:
         groups = [shuffled]
@@ -312,13 +329,37 @@ def _group(
         windows, rest = _cut(group, lengths, settings, MEGA_STEPS)
         for window in [*windows, *rest]:
             ordered = window[np.argsort(-lengths[window], kind="stable")]
-            full, over = _cut(ordered, lengths, settings)
+            full, over = _cut_steps(ordered, lengths, images, settings)
             whole += full
             left += over
     if not left:
         return whole, []
-    more, rest = _cut(np.concatenate(left), lengths, settings)
+    more, rest = _cut_steps(np.concatenate(left), lengths, images, settings)
     return whole + more, rest
+
+
+def _cut_steps(
+    rows: np.ndarray, lengths: np.ndarray, images: np.ndarray, settings: PlanSettings
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Consecutive steps, and the last incomplete one apart."""
+    count, budget = settings.step_rows, settings.pack_tokens
+    if count is None or budget is None:
+        return _cut(rows, lengths, settings)
+    ends = np.cumsum(lengths[rows])
+    pieces: list[np.ndarray] = []
+    begin, share = 0, 1.0  # tokens of a step that its rows hold: about as many as in the step before
+    while begin < len(rows):
+        passed = int(ends[begin - 1]) if begin else 0
+        share = min(share + 1 / 256, 1.0)
+        while True:
+            end = int(np.searchsorted(ends, passed + share * count * budget, side="right"))
+            piece = rows[begin : max(end, begin + 1)]
+            if pack_into(lengths[piece], images[piece], budget, count) is not None:
+                break
+            share -= 1 / 64
+        pieces.append(piece)
+        begin += len(piece)
+    return pieces[:-1], pieces[-1:]
 
 
 def _cut(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -84,6 +84,10 @@ def layouts(
                 step_samples=step_samples, pack_tokens=budget, pad_to_multiple_of=PACK_MULTIPLE, seed=seed
             )
             plans.append((f"packed to {budget:,}, random order", settings))
+        rows = max(round(step_samples * float(lengths.mean()) / budget / ranks), 1) * ranks
+        if budget >= lengths.max(initial=0):
+            settings = replace(settings, step_samples=None, step_tokens=rows * budget)
+            plans.append((f"packed to {budget:,}, {rows * budget:,} tokens a step", settings))
     found = []
     for name, settings in plans:
         plan = plan_epoch(np.arange(len(lengths)), settings, 0, lengths=lengths, num_images=num_images)

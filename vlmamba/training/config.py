@@ -103,6 +103,9 @@ class BatchConfig(Config):
 
     global_batch_size: int
     """Samples per optimizer step, over all processes."""
+    tokens_per_step: int | None = None
+    """With data.pack_length, of which it is a multiple: a step is so many tokens in packed rows, equally many for every
+    process, and as many samples as they hold; global_batch_size is then used in estimates only."""
     micro_batch_size: int | None = None
     """Samples per forward pass of one process; has no say when data.pack_length is set."""
     tokens_per_micro_batch: int | None = None
@@ -340,6 +343,12 @@ class TrainConfig(Config):
             )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ConfigError(f"grad_clip must be positive, or none for no clipping, got {self.grad_clip}.")
+        tokens, packed = self.batch.tokens_per_step, self.data.pack_length
+        if tokens is not None and (packed is None or tokens < 1 or tokens % packed):
+            raise ConfigError(
+                f"batch.tokens_per_step {tokens} must be a multiple of data.pack_length, which is "
+                f"{'none' if packed is None else packed}."
+            )
         budget = self.batch.tokens_per_micro_batch
         if budget is not None and budget < self.data.max_length:
             raise ConfigError(

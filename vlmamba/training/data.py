@@ -165,13 +165,22 @@ def plan_settings(config: TrainConfig, world_size: int) -> PlanSettings:
     """How epochs are cut into steps and micro-batches.
 
     Raises:
-        ConfigError: The global batch is not a multiple of processes x micro-batch.
+        ConfigError: The global batch is not a multiple of processes x micro-batch, or the packed rows of a step
+            cannot be shared equally.
     """
     batch = config.batch
     if config.data.pack_length is not None:
+        tokens, budget = batch.tokens_per_step, config.data.pack_length
+        if tokens is not None and tokens // budget % world_size:
+            fitting = -(-tokens // (budget * world_size)) * budget * world_size
+            raise ConfigError(
+                f"batch.tokens_per_step {tokens} makes {tokens // budget} packed rows, which {world_size} processes "
+                f"cannot share equally; {fitting} can be."
+            )
         return PlanSettings(
-            step_samples=batch.global_batch_size,
-            pack_tokens=config.data.pack_length,
+            step_samples=batch.global_batch_size if tokens is None else None,
+            step_tokens=tokens,
+            pack_tokens=budget,
             pad_to_multiple_of=PACK_MULTIPLE,
             grouping=config.data.order,
             seed=config.seed,

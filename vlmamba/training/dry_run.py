@@ -86,7 +86,8 @@ def _data_section(config: TrainConfig) -> str:
     else:
         micro = f"micro-batches of {batch.tokens_per_micro_batch:,} tokens"
     order = f"order {config.data.order}, max_length {config.data.max_length}"
-    lines.append(f"  batch {batch.global_batch_size} in {micro}, {order}")
+    step = batch.global_batch_size if batch.tokens_per_step is None else f"{batch.tokens_per_step:,} tokens"
+    lines.append(f"  batch {step} in {micro}, {order}")
     if not known:
         return "\n".join(lines)
     per_epoch = math.ceil(rows / batch.global_batch_size)
