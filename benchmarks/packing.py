@@ -4,7 +4,8 @@
     python benchmarks/packing.py step                 # time of a step, the playground's model, its data and that mix
 
 The mix: the parts of LLaVA-1.5's stage 2 with their numbers of samples (Liu et al., "Improved Baselines with Visual
-Instruction Tuning", arXiv 2310.03744, table 7), the 40K of ShareGPT without a picture. The paper gives no lengths; text
+Instruction Tuning", arXiv 2310.03744, table 7, with A-OKVQA and RefCOCO as its author corrected them in
+github.com/haotian-liu/LLaVA/issues/702), the 40K of ShareGPT without a picture. The paper gives no lengths; text
 lengths here are lognormal with medians set after what such rows hold (answers of a phrase, several questions about one
 picture joined, ShareGPT's long chats), cut at 2,048 with 576 tokens a picture.
 
