@@ -19,6 +19,7 @@ from vlmamba.models.builder import build_meta_model
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.flops import FlopCount, peak_of
 from vlmamba.training.parallel.fsdp2 import blocks
+from vlmamba.training.parallel.zero import zero_sizes
 from vlmamba.training.parts import set_modes
 from vlmamba.training.precision import keeps_fp32
 from vlmamba.training.tracing import StepShape, StepTrace, trace_step
@@ -231,11 +232,22 @@ class Planner:
         trace = self.trace(choice.micro, choice.every_nth, gathered)
         kept = self._kept(choice.strategy)
         peak, gradients = trace.peak, kept.gradients
-        if choice.strategy == SINGLE and self.micro_steps(choice.micro) == 1:
+        grow = choice.strategy == SINGLE or choice.strategy.startswith("fsdp2")
+        if grow and not self.config.sharding.cpu_offload and self.micro_steps(choice.micro) == 1:
             # Gradients grow while activations are released; with more micro-steps they are there from the first on.
-            gradients = max(trace.peak_with_grads - trace.peak, 0.0)
+            parts = self._parts(choice.strategy)
+            gradients -= 4 * (self.sizes.trained - self.sizes.whole * (parts > 1)) / parts
+            gradients += trace.peak_with(1 / parts) - peak
         return dataclasses.replace(
             kept, gradients=gradients, activations=trace.activations, temporary=peak - trace.activations
+        )
+
+    def _parts(self, strategy: str) -> int:
+        """Into how many parts what trains is cut."""
+        if strategy in (SINGLE, DDP):
+            return 1
+        return (
+            min(self.settings.gpus, self.settings.per_host) if strategy == FSDP_HYBRID else self.settings.gpus
         )
 
     def _kept(self, strategy: str) -> Memory:
@@ -245,17 +257,19 @@ class Planner:
         mean = 0 if self.config.ema is None else 4
         if strategy in (SINGLE, DDP):
             return Memory(4 * n + s.frozen_bytes, 4 * n, (8 + mean) * n, 0, 0)
-        if strategy == ZERO2:
-            # Whole fp32 weights, a part of masters, moments and gradients, two buckets of 0.2e9 numbers.
-            host = 0.0 if offload else 12 * n / gpus
-            return Memory(4 * n + s.frozen_bytes, 4 * n / gpus + 2 * 4 * min(2e8, n), host, 0, 0)
-        if strategy == ZERO3:
-            live = 4 * min(n, s.root + 2 * s.block)
-            host = 0.0 if offload else 12 * n / gpus
-            return Memory(
-                4 * n / gpus + s.frozen_bytes + live, 4 * n / gpus + 2 * 4 * min(2e8, n), host, 0, 0
+        if strategy in (ZERO2, ZERO3):
+            # The engine keeps the gradients' parts of the last step while it gathers new ones, and whole buckets.
+            zero = zero_sizes(self.config, stage=int(strategy[-1]))
+            buckets = (
+                4.0 * zero["reduce_bucket_size"] * (2 if strategy == ZERO2 and zero["overlap_comm"] else 1)
             )
-        parts = min(gpus, self.settings.per_host) if strategy == FSDP_HYBRID else gpus
+            weights = 4 * n
+            if strategy == ZERO3:
+                live = max(zero["stage3_max_live_parameters"], s.root + 2 * s.block)
+                weights = 4 * n / gpus + 4 * min(live, n)
+            host = 0.0 if offload else 12 * n / gpus
+            return Memory(weights + s.frozen_bytes, 2 * 4 * n / gpus + buckets, host, 0, 0)
+        parts = self._parts(strategy)
         cut = n - s.whole
         width = 2 if self.config.precision == "bf16" else 4
         full = strategy == FSDP_FULL or (strategy == FSDP_HYBRID and self.config.sharding.shard == "full")

@@ -72,10 +72,10 @@ class StepTrace:
         """Most memory besides parameters and gradients."""
         return max(self.peaks.values())
 
-    @property
-    def peak_with_grads(self) -> float:
-        """Most memory besides parameters where gradients are made in this micro-step."""
-        return max(self.peaks_with_grads.values())
+    def peak_with(self, share: float) -> float:
+        """Most memory besides parameters where this share of each gradient is kept from when it is made; at most."""
+        both = self.peaks_with_grads
+        return max((1 - share) * peak + share * both[phase] for phase, peak in self.peaks.items())
 
     @property
     def loss_memory(self) -> float:

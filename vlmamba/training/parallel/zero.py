@@ -87,6 +87,20 @@ def engine_settings(config: TrainConfig, stage: int) -> dict[str, Any]:
     }
 
 
+def zero_sizes(config: TrainConfig, stage: int) -> dict[str, float]:
+    """What the memory of a stage depends on: of the run's file if it is for that stage, else of ours, else
+    DeepSpeed's own defaults (deepspeed/runtime/zero/config.py).
+    """
+    sizes = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "overlap_comm": True}
+    settings: dict[str, Any] = {}
+    if config.parallel == f"zero{stage}":
+        settings = engine_settings(config, stage)["zero_optimization"]
+    elif Path(FILES[stage]).is_file():
+        settings = json.loads(Path(FILES[stage]).read_text(encoding="utf-8"))["zero_optimization"]
+    found = {key: settings.get(key, default) for key, default in sizes.items()}
+    return {key: sizes[key] if value == "auto" else value for key, value in found.items()}
+
+
 class ZeRO(GroupParallel):
     """DeepSpeed's engine.
 
