@@ -34,11 +34,12 @@ def describe_graph(
     rows, hours = [], []
     for node in graph.nodes.values():
         users = list(dict.fromkeys(cell.row for cell in graph.users(node.id)))
-        shared = f"shared by {', '.join(users)}" if len(users) > 1 else ""
+        shared = "; ".join(users) if len(users) > 1 else ""
         time, each = _time(node, graph, store, gpus, memory, gpu)
         hours += [each] if each is not None and store.outcome(node.id) is None else []
         starts = ", ".join(node.needs)
-        rows.append([node.id, node.label, starts, "done" if store.outcome(node.id) else "", time, shared])
+        state = "done" if store.outcome(node.id) else ""
+        rows.append([node.id, node.label, time, state, starts, shared])
     kinds = {kind: [n for n in graph.nodes.values() if n.kind == kind] for kind in ("train", "eval", "speed")}
     counts = ", ".join(f"{len(nodes)} {kind}" for kind, nodes in kinds.items())
     wanted = sum(len(cell.train) for cell in graph.cells.values())
@@ -47,7 +48,7 @@ def describe_graph(
         f"{len(table.shown)} rows x {len({seed for _, seed in graph.cells})} seeds: {counts} runs; {wanted} stages of "
         f"training are asked for, {wanted - len(kinds['train'])} of them are the same as others",
         "",
-        text_table(["node", "what", "starts from", "", "time", ""], rows),
+        text_table(["node", "what", "time", "state", "starts from", "shared by"], rows, left=6),
         "",
     ]
     if hours:

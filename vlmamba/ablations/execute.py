@@ -125,6 +125,7 @@ class Execution:
         jobs: Nodes at a time.
         nproc: Processes of each training and evaluation (``vlmamba train --nproc``).
         report: Told of every change, for a progress display.
+        program: What a node's words are given to.
     """
 
     graph: Graph
@@ -132,6 +133,7 @@ class Execution:
     jobs: int = 1
     nproc: str = "1"
     report: Callable[[str], None] = logger.info
+    program: tuple[str, ...] = (sys.executable, "-m", "vlmamba")
     running: list[_Running] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     stopped: bool = False
@@ -189,7 +191,7 @@ class Execution:
             return
         for folder in ("logs", *{n.partition("-")[0] for n in self.graph.nodes}):
             (self.store.root / folder).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "vlmamba", *node.words]
+        command = [*self.program, *node.words]
         if node.kind != "speed" and self.nproc != "1":
             command += ["--nproc", self.nproc]
         environment = {"VLMAMBA_PROGRESS": "0", **os.environ}

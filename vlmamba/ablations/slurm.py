@@ -50,9 +50,8 @@ def write_arrays(
         )
         submit.append(f'echo "wave {number}: job $job, {len(left)} task(s)"')
         before = True
-    submit.append(
-        f"echo 'when all have ended: {command} --report-only'" if before else "echo 'everything is done'"
-    )
+    last = f"when all have ended: {command} --report-only" if before else "everything is done"
+    submit.append(f"echo {shlex.quote(last)}")
     path = target / "submit.sh"
     write_text(path, "\n".join(submit) + "\n")
     return path

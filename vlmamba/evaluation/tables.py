@@ -246,13 +246,13 @@ def format_runs(runs: Sequence[RunLog]) -> str:
     return text_table(header, cells)
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first flush left, the others flush right."""
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns of text: the first (or so many as `left` says) flush left, the others flush right."""
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[at]) for row in table) for at in range(len(header))]
     lines = [
         "  ".join(
-            cell.ljust(w) if at == 0 else cell.rjust(w)
+            cell.ljust(w) if at < left else cell.rjust(w)
             for at, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in table
