@@ -248,14 +248,10 @@ class VLMambaProcessor(ProcessorMixin):
         for kind in ("text", "literal"):
             places = [place for place, piece in enumerate(pieces) if piece.kind == kind]
             if places:
-                encoded = self.tokenizer(
-                    [pieces[place].text for place in places],
-                    add_special_tokens=False,
-                    split_special_tokens=kind == "literal",
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
+                encoded = _ids(
+                    self.tokenizer, [pieces[place].text for place in places], literal=kind == "literal"
                 )
-                for place, ids in zip(places, encoded["input_ids"], strict=True):
+                for place, ids in zip(places, encoded, strict=True):
                     found[place] = ids
         return found
 
@@ -296,6 +292,26 @@ class VLMambaProcessor(ProcessorMixin):
         return self.image_processor(
             [load_image(i) if isinstance(i, str) else i for i in flat], return_tensors=return_tensors
         )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, literal: bool) -> list[list[int]]:
+    """Ids of texts; `literal`: what looks like a special token is plain text.
+
+    Where nothing is to be cut or padded the tokenizer's own backend is called, without the offsets that nobody reads.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.padding is not None or backend.truncation is not None:
+        plain: list[list[int]] = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        return plain
+    if backend.encode_special_tokens != literal:
+        backend.encode_special_tokens = literal
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
