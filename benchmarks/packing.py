@@ -69,7 +69,8 @@ def show_plans() -> None:
             lengths, images, step_samples=128, micro_samples=16, pack_lengths=[2048, 4096, 8192], ranks=ranks
         )
         print(
-            f"{ranks} ranks: padding, idle (padding and waiting), idle of the encoder, micro-steps, positions each"
+            f"{ranks} rank{'s' * (ranks > 1)}: padding, idle (padding and waiting), idle of the encoder, micro-steps, "
+            "positions each"
         )
         for layout in found:
             print(

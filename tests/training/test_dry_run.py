@@ -52,6 +52,18 @@ def test_with_files(make_config: MakeConfig) -> None:
     assert report.endswith("files\n  all there")
 
 
+def test_steps_of_tokens(make_config: MakeConfig) -> None:
+    tokens = {"data.pack_length": 256, "batch.tokens_per_step": 1024}
+    report = dry_run(make_config(tokens))
+    assert "steps of 1,024 tokens in packed rows of up to 256 tokens" in report
+    assert "20 samples an epoch, 1 epoch(s); their number follows from the lengths of the rows" in report
+    assert "after 3% of the steps as warm-up" in report and "4 samples" not in report
+    report = dry_run(make_config({**tokens, "epochs": None, "max_steps": 100}))
+    assert "20 samples an epoch; 100 steps in all" in report and "after 3 warm-up steps" in report
+    report = dry_run(make_config({**tokens, "max_steps": 100, "schedule.warmup_steps": 7}))
+    assert "at most 100 steps; their number" in report and "after 7 warm-up steps" in report
+
+
 def test_missing_files_are_one_error(make_config: MakeConfig) -> None:
     with pytest.raises(MissingFileError) as caught:
         run(make_config(NOTHING_HERE))

@@ -170,6 +170,21 @@ def test_facts_of_the_data(make_config: MakeConfig) -> None:
     assert published.text_tokens is None
 
 
+def test_steps_of_tokens(make_config: MakeConfig) -> None:
+    tokens = {"data.pack_length": 256, "batch.tokens_per_step": 1024, "max_steps": 2}
+    config = make_config(tokens)
+    facts = data_facts(config)
+    assert (facts.samples, facts.tokens) == (20, 2048)
+    planner = Planner(config, PlanSettings(gpus=2, text_tokens=240.0))
+    assert planner.micro_steps(planner.micro) == 2  # 4 packed rows a step
+    assert planner.samples(facts.samples, facts.tokens) == 2048 / (planner.visual + 240)
+    assert planner.samples(3.0, facts.tokens) == 3.0 and planner.samples(20.0, None) == 20.0
+    steps = data_facts(make_config({**tokens, "epochs": None}))
+    assert (steps.samples, steps.tokens, steps.rows) == (None, 2048, "2 steps of 1,024 tokens")
+    with pytest.raises(ConfigError, match="makes 4 packed rows, which 3 processes cannot share equally"):
+        Planner(config, PlanSettings(gpus=3))
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ["plan", "train/vl_mamba.py:pretrain", "--gpus", "1"]
     assert main([*recipe, "--memory", "80", "--batch.micro_batch_size", "4"]) == 0

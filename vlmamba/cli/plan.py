@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> int:
     fits = planner.fits(chosen)
     print(_table(planner, chosen))
     print(_advice(planner, chosen, fits))
-    print(_time(planner, facts.samples, facts.rows))
+    print(_time(planner, planner.samples(facts.samples, facts.tokens), facts.rows))
     return 0 if fits else 1
 
 

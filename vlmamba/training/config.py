@@ -105,11 +105,18 @@ class BatchConfig(Config):
     """Samples per optimizer step, over all processes."""
     tokens_per_step: int | None = None
     """With data.pack_length, of which it is a multiple: a step is so many tokens in packed rows, equally many for every
-    process, and as many samples as they hold; global_batch_size is then used in estimates only."""
+    process, and as many samples as they hold; global_batch_size then has no say."""
     micro_batch_size: int | None = None
     """Samples per forward pass of one process; has no say when data.pack_length is set."""
     tokens_per_micro_batch: int | None = None
     """Or: tokens per forward pass, padding included; has no say when data.pack_length is set."""
+
+    @property
+    def step(self) -> str:
+        """What makes a step, in words."""
+        if self.tokens_per_step is not None:
+            return f"{self.tokens_per_step:,} tokens"
+        return f"{self.global_batch_size:,} samples"
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:

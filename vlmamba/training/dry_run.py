@@ -86,21 +86,40 @@ def _data_section(config: TrainConfig) -> str:
     else:
         micro = f"micro-batches of {batch.tokens_per_micro_batch:,} tokens"
     order = f"order {config.data.order}, max_length {config.data.max_length}"
-    step = batch.global_batch_size if batch.tokens_per_step is None else f"{batch.tokens_per_step:,} tokens"
-    lines.append(f"  batch {step} in {micro}, {order}")
+    lines.append(f"  steps of {batch.step} in {micro}, {order}")
     if not known:
         return "\n".join(lines)
+    if batch.tokens_per_step is not None:
+        return "\n".join([*lines, *_steps_of_tokens(config, rows)])
     per_epoch = math.ceil(rows / batch.global_batch_size)
     steps = per_epoch * config.epochs if config.epochs is not None else config.max_steps or 0
     steps = min(steps, config.max_steps) if config.max_steps is not None else steps
-    schedule = Schedule(config.schedule, steps)
     lines.append(f"  {rows:,} samples and {per_epoch:,} steps an epoch; {steps:,} steps in all")
-    lines.append(
-        f"  {config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name} after "
-        f"{schedule.warmup_steps} warm-up steps, "
+    lines.append(_optimizer(config, f"{Schedule(config.schedule, steps).warmup_steps} warm-up steps"))
+    return "\n".join(lines)
+
+
+def _steps_of_tokens(config: TrainConfig, rows: int) -> list[str]:
+    """How many there are follows from the lengths of the rows, which a dry run does not measure."""
+    limit = "" if config.max_steps is None else f"at most {config.max_steps:,} steps; "
+    known = config.epochs is None or config.schedule.warmup_steps is not None
+    warmup = f"{config.schedule.warmup_ratio:.0%} of the steps as warm-up"
+    if known:
+        warmup = f"{Schedule(config.schedule, config.max_steps or 1).warmup_steps} warm-up steps"
+    if config.epochs is None:
+        return [f"  {rows:,} samples an epoch; {config.max_steps:,} steps in all", _optimizer(config, warmup)]
+    found = "their number follows from the lengths of the rows, estimated by vlmamba plan"
+    return [
+        f"  {rows:,} samples an epoch, {config.epochs} epoch(s); {limit}{found}",
+        _optimizer(config, warmup),
+    ]
+
+
+def _optimizer(config: TrainConfig, warmup: str) -> str:
+    return (
+        f"  {config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name} after {warmup}, "
         f"weight decay {config.optim.weight_decay:g}, clip {config.grad_clip}"
     )
-    return "\n".join(lines)
 
 
 def rows_of(source: SourceConfig) -> tuple[int | None, str]:

@@ -17,6 +17,7 @@ from typing import Any
 from vlmamba.errors import ConfigError
 from vlmamba.models.builder import build_meta_model
 from vlmamba.training.config import TrainConfig
+from vlmamba.training.data import plan_settings
 from vlmamba.training.flops import FlopCount, peak_of
 from vlmamba.training.parallel.fsdp2 import blocks
 from vlmamba.training.parallel.zero import zero_sizes
@@ -171,6 +172,7 @@ class Planner:
 
         self.settings = settings
         self.config = fit_micro_batch(config, settings.gpus)
+        plan_settings(self.config, settings.gpus)
         self.model = build_meta_model(config.model)
         set_trained_parts(self.model, config)
         set_modes(self.model)
@@ -289,7 +291,10 @@ class Planner:
 
     def micro_steps(self, micro: int) -> int:
         """Forward passes of a process in an optimizer step, at least."""
-        samples = self.config.batch.global_batch_size / self.settings.gpus
+        batch, packed = self.config.batch, self.config.data.pack_length
+        if batch.tokens_per_step is not None and packed is not None:
+            return batch.tokens_per_step // packed // self.settings.gpus
+        samples = batch.global_batch_size / self.settings.gpus
         return max(round(samples / max(self.shape(micro).images, 1)), 1)
 
     def fits(self, choice: Choice) -> bool:
@@ -342,6 +347,13 @@ class Planner:
         return next((choice for choice in choices if self.fits(choice)), None)
 
     # --- time ---
+
+    def samples(self, samples: float | None, tokens: float | None) -> float | None:
+        """Of the run, where a number of tokens may end it (`DataFacts`)."""
+        if tokens is None:
+            return samples
+        held = tokens / (self.visual + self.settings.text_tokens)
+        return held if samples is None else min(samples, held)
 
     @functools.cached_property
     def flops(self) -> FlopCount:

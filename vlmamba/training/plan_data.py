@@ -21,13 +21,15 @@ class DataFacts:
     """What is known of the data.
 
     Attributes:
-        samples: Samples of the whole run, None where rows are not known.
+        samples: Samples of the whole run, None where rows are not known; where `tokens` ends the run, at most.
+        tokens: At which a run of so many steps of tokens ends (`batch.tokens_per_step`); None for all others.
         rows: Where that is from, in words.
         text_tokens: Mean text tokens of a sample, None where no file is there.
         supervised: Share of them in answers.
     """
 
     samples: float | None
+    tokens: float | None
     rows: str
     text_tokens: float | None
     supervised: float | None
@@ -35,25 +37,28 @@ class DataFacts:
 
 def data_facts(config: TrainConfig) -> DataFacts:
     """Rows counted where files are there, as published elsewhere; lengths from a sample of the rows."""
-    samples, origin = _samples(config)
+    samples, tokens, origin = _samples(config)
     read = [_characters(Path(s.annotations).expanduser()) for s in config.data.sources if s.kind == "llava"]
     rows, text, answers = (sum(column) for column in zip(*read, strict=True)) if read else (0, 0, 0)
     if not rows or not text:
-        return DataFacts(samples, origin, None, None)
-    return DataFacts(samples, origin, text / rows / CHARACTERS_PER_TOKEN, answers / text)
+        return DataFacts(samples, tokens, origin, None, None)
+    return DataFacts(samples, tokens, origin, text / rows / CHARACTERS_PER_TOKEN, answers / text)
 
 
-def _samples(config: TrainConfig) -> tuple[float | None, str]:
-    steps, batch = config.max_steps, config.batch.global_batch_size
+def _samples(config: TrainConfig) -> tuple[float | None, float | None, str]:
+    steps, batch = config.max_steps, config.batch
+    by_tokens = batch.tokens_per_step is not None
+    tokens = float(steps * batch.tokens_per_step) if steps and batch.tokens_per_step else None
+    most = None if steps is None or by_tokens else float(steps * batch.global_batch_size)
     found = [(rows_of(source), source.weight) for source in config.data.sources]
     known = all(count is not None for (count, _), _ in found)
     if config.epochs is None or not known:
-        return (None if steps is None else float(steps * batch)), f"{steps} steps of {batch}"
+        return most, tokens, f"{steps} steps of {batch.step}"
     epoch = sum(max(1, round(count * weight)) for (count, _), weight in found if count is not None)
     published = any("published" in origin for (_, origin), _ in found)
     words = f"{epoch:,} rows{' as published' if published else ''}, {config.epochs} epoch(s)"
     total = float(epoch * config.epochs)
-    return (total if steps is None else min(total, float(steps * batch))), words
+    return (total if most is None else min(total, most)), tokens, words
 
 
 def _characters(path: Path) -> tuple[int, int, int]:

@@ -108,12 +108,7 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     with main_first(parallel):
         loader = build_data(config, sources, processor, parallel, run_dir=run_dir)
     count = total_steps(config, loader)
-    logger.info(
-        "data: %s rows, %d steps of %d samples",
-        loader.num_rows or "streamed",
-        count,
-        config.batch.global_batch_size,
-    )
+    logger.info("data: %s rows, %d steps of %s", loader.num_rows or "streamed", count, config.batch.step)
     peak = peak_flops(parallel.device)
     flops = None if peak is None else FlopCount.of(model)
     compile_parts(model, config.compile)
