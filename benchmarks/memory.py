@@ -208,6 +208,9 @@ def write_deepspeed(folder: Path, stage: int, bucket: int) -> str:
     settings = json.loads((ROOT / f"train/deepspeed/zero{stage}.json").read_text())
     zero = settings["zero_optimization"]
     sizes = {key: bucket for key in zero if key.endswith("bucket_size")}
+    if stage == 3:  # else a model of this size stays gathered whole
+        sizes |= {"stage3_max_live_parameters": bucket, "stage3_max_reuse_distance": bucket}
+        sizes["stage3_param_persistence_threshold"] = 1000
     zero.update(sizes)
     path = folder / f"zero{stage}.json"
     path.write_text(json.dumps(settings))
