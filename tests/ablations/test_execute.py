@@ -1,3 +1,5 @@
+import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -5,16 +7,18 @@ import random
 import signal
 import sys
 import textwrap
+import threading
 import time
+from functools import partial
 
 import pytest
 
-from vlmamba.ablations.execute import Execution, Store
+from vlmamba.ablations.execute import Execution, Outcome, Store, run_node
 from vlmamba.ablations.graph import Graph, Node
 
 WORK = """
 import json, os, pathlib, signal, sys, time
-name, seconds, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+name, seconds, code, kind = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 here = pathlib.Path({folder!r})
 with (here / "starts").open("a") as file:
     file.write(f"{{name}} {{time.time()}}\\n")
@@ -29,6 +33,8 @@ for step in range(steps, 5):  # a program that goes on where it stood
         file.write(f"{{step}}\\n")
 print("last words of", name)
 if code: sys.exit(code)
+result = here / "store" / kind / (f"{{kind}}-{{name}}" + (".json" if kind == "speed" else ""))
+result.mkdir(parents=True, exist_ok=True)
 with (here / "ends").open("a") as file:
     file.write(f"{{name}} {{time.time()}}\\n")
 """
@@ -43,7 +49,11 @@ def program(tmp_path):
 
 def node(name, needs=(), seconds=0.0, code=0, kind="train"):
     return Node(
-        f"{kind}-{name}", kind, name, (name, str(seconds), str(code)), tuple(f"train-{n}" for n in needs)
+        f"{kind}-{name}",
+        kind,
+        name,
+        (name, str(seconds), str(code), kind),
+        tuple(f"train-{n}" for n in needs),
     )
 
 
@@ -161,3 +171,84 @@ def test_asked_to_stop_it_lets_its_programs_save_and_goes_on_later(tmp_path, pro
     assert execution.stopped and time.monotonic() - began < 2.5
     assert store.outcome("train-a") is None and store.failure("train-a") is None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def ignoring(tmp_path):
+    """A program that hears no request to stop."""
+    path = tmp_path / "deaf.py"
+    path.write_text(
+        "import pathlib, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(tmp_path / 'deaf')!r}).touch()\ntime.sleep(60)\n"
+    )
+    return (sys.executable, "-S", str(path))
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_second_ctrl_c_does_not_wait(tmp_path, number, ends):
+    execution = Execution(graph(node("a")), Store(tmp_path / "store"), program=ignoring(tmp_path))
+
+    def press() -> None:
+        while not (tmp_path / "deaf").exists():
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)
+        if not ends:  # a cluster may send a request twice: the program may take its time
+            assert execution.running[0].process.poll() is None
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    began = time.monotonic()
+    assert not execution.run()
+    thread.join()
+    assert time.monotonic() - began < 20
+    assert execution.stopped and execution.store.failure("train-a") is None
+
+
+def test_a_stopped_node_of_an_array_says_so(tmp_path, program, monkeypatch):
+    work, store = graph(node("a", seconds=3.0), node("b", ["a"])), Store(tmp_path / "store")
+    monkeypatch.setattr("vlmamba.ablations.execute.Execution", partial(Execution, program=program))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert run_node(work, store, "train-a") == 75
+    assert run_node(work, store, "train-b") == 1  # what it starts from is not there
+
+
+def test_a_result_that_was_deleted_is_made_again_where_it_is_needed(tmp_path, program):
+    store, told = Store(tmp_path / "store"), []
+    work = graph(node("a"), node("b", ["a"]), node("c", ["b"], kind="eval"))
+    work.nodes["eval-c"] = dataclasses.replace(work.nodes["eval-c"], needs=("train-b",))
+    assert Execution(work, store, program=program).run()
+    store.result("train-a").rmdir()  # to make room: nothing wants it any more
+    assert Execution(work, store, program=program, report=told.append).run() and told == []
+    store.result("train-b").rmdir()
+    store.result("eval-c").rmdir()
+    assert Execution(work, store, program=program, report=told.append).run()
+    assert [line.split()[:2] for line in told if line.startswith("again")] == [
+        ["again", "eval-c"], ["again", "train-b"], ["again", "train-a"],
+    ]  # fmt: skip
+    assert store.result("eval-c").exists()
+
+
+def test_a_disk_without_locks_is_no_reason_to_wait_for_ever(tmp_path, program, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert Execution(graph(node("a")), Store(tmp_path / "store"), program=program).run()
+    assert "cannot be locked" in caplog.text and "No locks available" in caplog.text
+
+
+def test_what_is_left_is_told_from_what_was_taken(tmp_path, program):
+    told = []
+    work = graph(*(node(str(i)) for i in range(3)))
+    store = Store(tmp_path / "store")
+    store.record(Outcome("train-0", "", "", 0, 100.0, 0, None))
+    assert not store.result("train-0").exists()
+    store.result("train-0").mkdir(parents=True)
+    assert Execution(work, store, program=program, report=told.append).run()
+    finished = [line for line in told if line.startswith("finished")]
+    assert "; about 5" in finished[0] and "left)" in finished[0]  # half of 100 s and next to nothing
+    assert "left" not in finished[1]
+    assert f"log: {store.log('train-1')}" in told[0]

@@ -98,7 +98,9 @@ def test_seeds_and_rows_can_be_chosen(table):
     graph = expand(table, "store", seeds=[5], rows=["MLP"])
     assert list(graph.cells) == [("MLP", 5)]
     assert graph.nodes[graph.cells["MLP", 5].train[0]].config.seed == 5
-    with pytest.raises(ConfigError, match=r"no row 'MPL' in 'Tiny'; rows: MLP, VSS, VSS, forward"):
+    with pytest.raises(
+        ConfigError, match=r"no row 'MPL' in 'Tiny'. Did you mean 'MLP'\? Rows: MLP; VSS; VSS, forward"
+    ):
         expand(table, "store", rows=["MPL"])
 
 

@@ -83,3 +83,33 @@ def test_holm():
     assert holm([0.03, 0.04]) == [False, False]
     assert holm([0.02, 0.2]) == [True, False]
     assert holm([]) == []
+
+
+def test_points_and_f1_of_one_seed_are_no_means_of_credits():
+    credits_ = [1.0, 1.0, 0.0, 1.0]
+    for value in (1369.6, 70.0, 0.7):
+        found = estimate([value], [credits_])
+        assert (found.low, found.question_error) == (None, None)
+    assert estimate([0.75], [credits_]).question_error == pytest.approx(0.25)
+    assert estimate([66.67], [[1.0, 1.0, 0.0]]).question_error is not None  # rounded, as official scorers do
+
+
+def test_questions_about_one_picture_alone_say_nothing_about_others():
+    found = estimate([75.0], [[1.0, 1.0, 0.0, 1.0]], ["cat.jpg"] * 4)
+    assert (found.mean, found.low, found.p) == (75.0, None, None)
+
+
+def test_rows_of_other_numbers_of_seeds():
+    """Welch's test, where questions are not known."""
+    own, base = [70.0, 72.0, 74.0], [60.0, 61.0]
+    found = difference(own, base)
+    theirs = stats.ttest_ind(own, base, equal_var=False)
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+
+
+def test_the_same_models_measured_twice_are_paired_by_seed():
+    own, base = [70.0, 80.0, 90.0], [69.0, 79.2, 88.9]
+    theirs = stats.ttest_rel(own, base)
+    assert difference(own, base, same_models=True).p == pytest.approx(theirs.pvalue)
+    assert difference(own, base).p > 0.5

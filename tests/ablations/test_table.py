@@ -93,3 +93,19 @@ def test_names_and_paths_of_tables(project):
     Path("eval/ablations/none.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match=r"defines no function table"):
         load_table("none")
+
+
+def test_rows_are_named_in_lists_though_their_names_hold_commas():
+    table = make(
+        rows=[Row(name=n) for n in ("VSS-L2", "VSS-L2, CSM", "MLP", "Q, 64 trained, 22 kept", "A; B")]
+    )
+    assert table.named(["VSS-L2, CSM"]) == ["VSS-L2, CSM"]
+    assert table.named(["MLP,VSS-L2, CSM,VSS-L2"]) == ["MLP", "VSS-L2, CSM", "VSS-L2"]
+    assert table.named(["VSS-L2; MLP", "Q, 64 trained, 22 kept"]) == [
+        "VSS-L2",
+        "MLP",
+        "Q, 64 trained, 22 kept",
+    ]
+    assert table.named(["VSS-L2,MPL, MLP"]) == ["VSS-L2", "MPL", "MLP"]
+    assert table.named(["A; B"]) == ["A; B"]
+    assert table.named([]) == []

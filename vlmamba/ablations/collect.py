@@ -121,6 +121,9 @@ def collect(table: Table, graph: Graph, store: Store) -> list[RowResult]:
             if cell.evaluation is None or store.outcome(cell.evaluation) is None:
                 continue
             results_file = store.result(cell.evaluation) / RESULTS_FILE
+            if not results_file.is_file():
+                result.open += 1
+                continue
             found = json.loads(results_file.read_text(encoding="utf-8"))
             result.parameters = found["model"]["parameters"]
             result.image_tokens = found["model"]["image_tokens"]
@@ -148,7 +151,7 @@ def _training(result: RowResult, graph: Graph, store: Store) -> None:
     steps, memory = [], []
     for cell in result.cells.values():
         for at, node_id in enumerate(cell.train):
-            if store.outcome(node_id) is None:
+            if store.outcome(node_id) is None or not store.result(node_id).exists():
                 continue
             run = read_run(store.result(node_id))
             result.logs.setdefault(f"stage {at + 1}" if len(cell.train) > 1 else "training", []).append(run)
@@ -223,6 +226,12 @@ def _figures(
     table: Table, results: Sequence[RowResult], measured: Mapping[tuple[str, int, str], Measured]
 ) -> None:
     """Means with intervals, changes against the baseline, and which of these are significant."""
+    trained = {
+        r.row.name: [
+            cell.train for seed, cell in r.cells.items() if (r.row.name, seed, table.columns[0]) in measured
+        ]
+        for r in results
+    }
     for column in table.columns:
         of_rows = {
             r.row.name: [m for seed in r.cells if (m := measured.get((r.row.name, seed, column))) is not None]
@@ -237,6 +246,7 @@ def _figures(
                 changed = difference(
                     [m.value for m in own], [m.value for m in base],
                     [m.credits_ for m in own], [m.credits_ for m in base], own[0].groups,
+                    same_models=trained[result.row.name] == trained[table.compared_with],
                 )  # fmt: skip
             changes.append((result, changed))
         rejected = holm([None if change is None else change.p for _, change in changes])

@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from vlmamba.ablations.graph import Graph, Node, write_nodes
+from vlmamba.evaluation.tables import duration
 from vlmamba.training.faults import EXIT_STOPPED, STOP_SIGNALS
 from vlmamba.training.parallel.spawn import end_with_parent
 from vlmamba.training.run_dir import git_commit, write_text
@@ -40,9 +41,10 @@ class Outcome:
     """How a node ended.
 
     Attributes:
-        seconds: Of its process, over all its starts that came to an end.
+        seconds: Of its process; of the last one, where it was stopped and went on.
         code: Exit code.
         beside: Other nodes that ran at the same time, at most.
+        commit: Of the code when it was started.
     """
 
     id: str
@@ -89,6 +91,10 @@ class Store:
         write_text(self.root / kind / name, json.dumps(asdict(outcome), indent=1) + "\n")
         (self.root / other / name).unlink(missing_ok=True)
 
+    def forget(self, node_id: str) -> None:
+        """Have a node run again."""
+        (self.root / "done" / f"{node_id}.json").unlink(missing_ok=True)
+
     def lock(self, node_id: str) -> int | None:
         """Take a node's lock: a descriptor that holds it, None where another process does."""
         folder = self.root / "locks"
@@ -96,9 +102,13 @@ class Store:
         descriptor = os.open(folder / node_id, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(descriptor)
             return None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): do not start a second call beside this one", folder, error
+            )
         return descriptor
 
     def _read(self, kind: str, node_id: str) -> Outcome | None:
@@ -115,6 +125,8 @@ class _Running:
     lock: int
     started: float
     beside: int
+    commit: str | None
+    asked_to_end: bool = False
 
 
 @dataclass
@@ -135,14 +147,16 @@ class Execution:
     report: Callable[[str], None] = logger.info
     program: tuple[str, ...] = (sys.executable, "-m", "vlmamba")
     running: list[_Running] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
     stopped: bool = False
-    commit: str | None = None
+    hurried: bool = False
 
     def run(self) -> bool:
         """Run everything that can be run; True if nothing is left."""
         write_nodes(self.graph, self.store.root)
-        self.commit = git_commit()
+        needed = {need for node in self.graph.nodes.values() for need in node.needs}
+        self._again_if_gone([name for name in self.graph.nodes if name not in needed])
         previous = {each: signal.signal(each, self._stop) for each in STOP_SIGNALS}
         try:
             while self._turn():
@@ -157,7 +171,7 @@ class Execution:
 
     def state(self, node: Node) -> State:
         """Where a node stands."""
-        if self.store.outcome(node.id) is not None:
+        if self._done(node.id):
             return "done"
         if any(r.node.id == node.id for r in self.running):
             return "running"
@@ -172,8 +186,9 @@ class Execution:
         self._collect()
         waiting = [n for n in self.graph.nodes.values() if self.state(n) == "waiting"]
         if self.stopped:
+            self._end_all()
             return bool(self.running)
-        ready = [n for n in waiting if all(self.store.outcome(d) is not None for d in n.needs)]
+        ready = [n for n in waiting if all(self._done(need) for need in n.needs)]
         for node in (n for n in ready if not n.exclusive):
             if len(self.running) < self.jobs and not any(r.node.exclusive for r in self.running):
                 self._start(node)
@@ -183,6 +198,8 @@ class Execution:
         return bool(self.running or waiting)
 
     def _start(self, node: Node) -> None:
+        if self._again_if_gone(node.needs):
+            return
         lock = self.store.lock(node.id)
         if lock is None:  # another call is at it: its result is waited for
             return
@@ -204,10 +221,12 @@ class Execution:
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=(lock,),
                 start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
-        self.running.append(_Running(node, process, lock, time.perf_counter(), len(self.running)))
+        self.running.append(
+            _Running(node, process, lock, time.perf_counter(), len(self.running), git_commit())
+        )
         for each in self.running:
             each.beside = max(each.beside, len(self.running) - 1)
-        self.report(f"started   {self._place()} {node.id}  {node.label}")
+        self.report(f"started   {self._place()} {node.id}  {node.label}; log: {self.store.log(node.id)}")
 
     def _collect(self) -> None:
         for each in [r for r in self.running if r.process.poll() is not None]:
@@ -216,7 +235,7 @@ class Execution:
             if code != EXIT_STOPPED and not (self.stopped and code):
                 outcome = Outcome(
                     each.node.id, each.node.label, " ".join(("vlmamba", *each.node.words)), code,
-                    round(seconds, 2), each.beside, self.commit,
+                    round(seconds, 2), each.beside, each.commit,
                 )  # fmt: skip
                 self.store.record(outcome)
                 if code:
@@ -226,7 +245,9 @@ class Execution:
 
     def _tell(self, node: Node, code: int, seconds: float) -> None:
         if not code:
-            self.report(f"finished  {self._place()} {node.id}  {node.label} ({seconds:.0f} s)")
+            self.report(
+                f"finished  {self._place()} {node.id}  {node.label} ({duration(seconds)}{self._left()})"
+            )
         elif code == EXIT_STOPPED or self.stopped:
             self.report(f"stopped   {node.id}  {node.label}; it goes on where it stands")
         else:
@@ -239,27 +260,72 @@ class Execution:
             )
 
     def _place(self) -> str:
-        done = sum(self.store.outcome(n) is not None for n in self.graph.nodes)
-        return f"[{done}/{len(self.graph.nodes)}]"
+        return f"[{sum(self._done(n) for n in self.graph.nodes)}/{len(self.graph.nodes)}]"
+
+    def _left(self) -> str:
+        """How long the rest takes, if nodes take what those of their kind have taken."""
+        taken: dict[str, list[float]] = {}
+        for node in self.graph.nodes.values():
+            outcome = self.store.outcome(node.id) if node.id in self.done else None
+            if outcome is not None:
+                taken.setdefault(node.kind, []).append(outcome.seconds)
+        rest = [taken.get(n.kind, [0.0]) for n in self.graph.nodes.values() if n.id not in self.done]
+        seconds = sum(sum(each) / len(each) for each in rest) / self.jobs
+        return f"; about {duration(seconds)} left" if seconds else ""
+
+    def _done(self, node_id: str) -> bool:
+        """Whether a node has finished, which it does once."""
+        if node_id not in self.done and self.store.outcome(node_id) is not None:
+            self.done.add(node_id)
+        return node_id in self.done
+
+    def _again_if_gone(self, names: Iterable[str]) -> bool:
+        """Have finished nodes run again whose results were deleted and are wanted."""
+        gone = [n for n in names if self._done(n) and not self.store.result(n).exists()]
+        for name in gone:
+            self.store.forget(name)
+            self.done.discard(name)
+            self.report(
+                f"again     {name}  {self.graph.nodes[name].label}: {self.store.result(name)} is gone"
+            )
+        return bool(gone)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C only: a cluster may send a request twice.
+        self.hurried = self.stopped and number == signal.SIGINT
         self.stopped = True
+
+    def _end_all(self) -> None:
+        """Ask what runs to save and end; end it at once when people do not want to wait."""
         for each in self.running:
-            if each.process.poll() is None:
-                each.process.send_signal(signal.SIGTERM)
+            if self.hurried:
+                each.process.kill()
+            elif not each.asked_to_end:
+                each.process.terminate()
+                each.asked_to_end = True
+                self.report(
+                    f"stopping  {each.node.id}  {each.node.label}; Ctrl-C again: at once, without saving"
+                )
 
 
 def run_node(graph: Graph, store: Store, node_id: str, *, nproc: str = "1") -> int:
     """Run one node of a graph (a task of a cluster's array) after those it needs; returns an exit code.
 
-    Nodes that it needs must have finished: the array of an earlier wave has seen to that.
+    Nodes that it needs must have finished: the array of an earlier wave has seen to that. Exit code 75: it was asked
+    to stop, and goes on when started again.
     """
     node = graph.nodes[node_id]
-    missing = [n for n in node.needs if store.outcome(n) is None]
+    missing = [n for n in node.needs if store.outcome(n) is None or not store.result(n).exists()]
     if missing:
         logger.error(
-            "%s (%s) starts from %s, which has not finished", node_id, node.label, ", ".join(missing)
+            "%s (%s) starts from %s, which has not finished, or whose result is gone",
+            node_id,
+            node.label,
+            ", ".join(missing),
         )
         return 1
     one = Graph({node_id: Node(node.id, node.kind, node.label, node.words, (), node.config)})
-    return 0 if Execution(one, store, nproc=nproc).run() else 1
+    execution = Execution(one, store, nproc=nproc)
+    if execution.run():
+        return 0
+    return EXIT_STOPPED if execution.stopped else 1

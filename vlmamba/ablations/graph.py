@@ -23,6 +23,7 @@ import yaml
 from vlmamba.ablations.table import Row, Table
 from vlmamba.config import dump_yaml, load_recipe, recipe_functions
 from vlmamba.errors import ConfigError
+from vlmamba.registry import close_matches
 from vlmamba.training.checkpoint import FREE_KEYS
 from vlmamba.training.config import TrainConfig
 
@@ -141,7 +142,10 @@ class _Expansion:
         rows = {row.name: row for row in self.table.rows}
         for name in names or ():
             if name not in rows:
-                raise ConfigError(f"no row {name!r} in {self.table.title!r}; rows: {', '.join(rows)}")
+                raise ConfigError(
+                    f"no row {name!r} in {self.table.title!r}.{close_matches(name, list(rows))} Rows: "
+                    f"{'; '.join(rows)}"
+                )
         wanted = [row for row in self.table.rows if (row.name in names if names else row.shown)]
         for seed in self.seeds:  # seed by seed: a first picture of the whole table comes early
             for row in wanted:
@@ -191,6 +195,9 @@ class _Expansion:
                 f"{row.name}, {stage}, seed {seed}", config, written, parts if not ids else {}
             )
             written[config.output] = node.id
+            if parts and not ids:
+                assert node.config is not None
+                words.append(f"--model.connector.init={_text(node.config.model.connector.init)}")
             ids.append(self.graph.add(node))
             commands.append(shlex.join(["vlmamba", "train", f"{path}:{stage}", *words]))
         if not ids:
@@ -227,7 +234,8 @@ class _Expansion:
                 fingerprint_path(path)
                 for path in (*_paths(config.model.vision.path), config.model.language.path)
             ]
-            + [fingerprint_path(source.annotations) for source in config.data.sources],
+            + [fingerprint_path(source.annotations) for source in config.data.sources]
+            + [fingerprint_path(path) for path in (config.model.language.tokenizer,) if path is not None],
         }
         node_id = f"train-{_digest(depends)}"
         return Node(

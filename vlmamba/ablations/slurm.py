@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,27 @@ from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Graph
 from vlmamba.training.run_dir import write_text
 
+SCRIPT = """\
+#!/usr/bin/env bash
+#SBATCH --job-name=ablate-{number}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output="{wave}-%a.out"
+#SBATCH --signal=B:USR1@300
+{options}
+cd {here} || exit 2
+export PATH={programs}:"$PATH"
+node=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {ids})
+{command} --node "$node" --nproc auto &
+run=$!
+# USR1 comes 300 s before the time limit, TERM before a preemption: the run saves and exits with 75.
+trap 'kill -TERM "$run"' USR1 TERM
+while kill -0 "$run" 2> /dev/null; do wait "$run"; done # a signal ends a wait, not the run
+wait "$run"
+code=$?
+[ "$code" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"
+"""
 OWN_FLAGS = ("--slurm", "--sbatch", "--jobs", "--store", "--report")
 """Flags with a value that a task of an array does not get, or gets as a value of its own."""
 
@@ -20,7 +42,8 @@ def write_arrays(
     """Write ``wave-N.txt`` (ids of nodes), ``wave-N.sbatch`` and ``submit.sh``.
 
     Nodes that are done are left out. A wave starts when all of the one before have ended, well or not; what starts
-    from a failed node then fails with a message. Jobs are requeued after preemption and go on where they stood.
+    from a failed node then fails with a message. Before the time limit or a preemption a run saves, and its job is
+    queued again and goes on. Jobs run in the folder and with the Python that this is called from.
 
     Args:
         graph: The runs.
@@ -35,7 +58,7 @@ def write_arrays(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["vlmamba", *_kept(words), "--store", str(store.root)])
-    submit = ["#!/usr/bin/env bash", "# From the folder that the table was defined in.", "set -euo pipefail"]
+    submit = ["#!/usr/bin/env bash", "set -euo pipefail"]
     submit.append('here="$(cd "$(dirname "$0")" && pwd)"')
     before = False
     for number, wave in enumerate(graph.waves()):
@@ -58,17 +81,12 @@ def write_arrays(
 
 
 def _script(number: int, folder: Path, command: str, options: Sequence[str]) -> str:
-    lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name=ablate-{number}", "#SBATCH --requeue"]
-    lines += ["#SBATCH --signal=B:USR1@120", *(f"#SBATCH {option}" for option in options)]
-    lines += [
-        "set -euo pipefail",
-        f'node=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / f"wave-{number}.txt"))})',
-        # The shell passes the warning on and waits, so that a checkpoint is written before the time is up.
-        f'{command} --node "$node" --nproc auto &',
-        "trap 'kill -TERM $!; wait $!' USR1",
-        "wait $!",
-    ]
-    return "\n".join(lines) + "\n"
+    wave = folder / f"wave-{number}"
+    given = "\n".join(f"#SBATCH {option}" for option in options)
+    return SCRIPT.format(
+        number=number, wave=wave, ids=shlex.quote(f"{wave}.txt"), options=given, command=command,
+        here=shlex.quote(str(Path.cwd())), programs=shlex.quote(str(Path(sys.executable).parent)),
+    )  # fmt: skip
 
 
 def _kept(words: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ asked. With credits x[s, q] of seed s on question q, the mean's standard error i
 seeds' means over their number, b the variance of the questions' means (over pictures, since questions about one
 picture stand or fall together) over theirs (E. Miller, Adding Error Bars to Evals, arXiv 2411.00640, sections 2 to
 4). Degrees of freedom are Satterthwaite's (1946): few seeds make wide intervals. Differences of two rows are
-paired by question, seeds are independent.
+paired by question; seeds are independent, or paired too where both rows measure the same trained models.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def estimate(
 
     Args:
         values: The figure of each seed.
-        credits_: Credit of each question for each seed, where the figure is their mean times a constant; empty where
-            it is not, and then the interval knows of seeds only.
+        credits_: Credit of each question for each seed, where the figure is their mean or that in percent; where it
+            is not, the interval knows of seeds only.
         groups: Questions of equal value belong together; every one alone when empty.
     """
     return _combine([np.asarray(values, float)], _question_means(values, credits_), groups)
@@ -61,11 +61,21 @@ def difference(
     credits_: Sequence[Sequence[float]] = (),
     base_credits: Sequence[Sequence[float]] = (),
     groups: Sequence[Hashable] = (),
+    *,
+    same_models: bool = False,
 ) -> Estimate:
-    """Mean of a row less that of another; see `estimate`."""
+    """Mean of a row less that of another; see `estimate`.
+
+    Args:
+        values, base: The figures of each seed.
+        credits_, base_credits: Of each question for each seed.
+        groups: Questions of equal value belong together.
+        same_models: Both rows have measured the same trained models, seed by seed, so they are paired by seed, too.
+    """
     own, other = _question_means(values, credits_), _question_means(base, base_credits)
     paired = None if own is None or other is None or own.shape != other.shape else own - other
-    return _combine([np.asarray(values, float), np.asarray(base, float)], paired, groups)
+    seeds = [np.asarray(values, float), np.asarray(base, float)]
+    return _combine([seeds[0] - seeds[1]] if same_models else seeds, paired, groups)
 
 
 def holm(p: Sequence[float | None], level: float = 1 - LEVEL) -> list[bool]:
@@ -84,13 +94,12 @@ def _question_means(values: Sequence[float], credits_: Sequence[Sequence[float]]
     if not len(credits_) or not len(credits_[0]):
         return None
     table = np.asarray(credits_, float)
-    mean = table.mean()
-    # The figure may be in percent or points: a constant times the credit. Where it is no such multiple (F1), there is
-    # no credit of a question to resample.
-    scale = float(np.mean(values)) / mean if mean else 1.0
-    if not np.allclose(table.mean(1) * scale, values, rtol=1e-6, atol=1e-9):
-        return None
-    return table.mean(0) * scale
+    # The figure is the mean credit, or that in percent. Where it is neither (F1, points), there is no credit of a
+    # question to resample.
+    for scale in (100.0, 1.0):
+        if np.allclose(table.mean(1) * scale, values, rtol=0, atol=1e-4 * scale):  # papers' scorers round
+            return table.mean(0) * scale
+    return None
 
 
 def _combine(
@@ -106,10 +115,11 @@ def _combine(
     question_error = None
     if questions is not None:
         variance, count = _clustered(questions, groups)
-        question_error = float(np.sqrt(variance))
-        parts.append((variance, count - 1.0))
+        if count > 1:
+            question_error = float(np.sqrt(variance))
+            parts.append((variance, count - 1.0))
     total = sum(v for v, _ in parts)
-    if not parts or (total == 0 and questions is None and seed_error is None):
+    if not parts:
         return Estimate(mean, None, None, seed_error, question_error, None)
     if total == 0:
         return Estimate(mean, mean, mean, seed_error, question_error, float(mean == 0))
@@ -128,5 +138,5 @@ def _clustered(questions: np.ndarray, groups: Sequence[Hashable]) -> tuple[float
     sums = np.bincount(at, weights=questions - questions.mean())
     count = len(index)
     if count < 2:
-        return 0.0, 2
+        return 0.0, count
     return float((sums**2).sum() / len(questions) ** 2 * count / (count - 1)), count

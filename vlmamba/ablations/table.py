@@ -122,6 +122,22 @@ class Table:
         """Name of the row that the others are compared with."""
         return self.baseline if self.baseline is not None else self.shown[0].name
 
+    def named(self, texts: Sequence[str]) -> list[str]:
+        """Names of rows in lists of them, separated by commas or semicolons; a name may hold commas itself.
+
+        What is no row stays as it is, for `vlmamba.ablations.graph.expand` to complain about.
+        """
+        names = {row.name for row in self.rows}
+        found: list[str] = []
+        for text in (part for each in texts for part in ([each] if each in names else each.split(";"))):
+            words = [word.strip() for word in text.split(",")]
+            while words:
+                ends = [end for end in range(len(words), 0, -1) if ", ".join(words[:end]) in names]
+                end = ends[0] if ends else 1
+                found.append(", ".join(words[:end]))
+                words = words[end:]
+        return found
+
     @property
     def tasks(self) -> list[str]:
         """The tasks that its columns need."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import shlex
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from pathlib import Path
 from vlmamba.ablations.table import FOLDER, Table, load_table, table_name, table_names
 from vlmamba.cli.evaluate import add_switches, chosen_switches
 from vlmamba.config.overrides import parse_overrides
-from vlmamba.errors import ConfigError
+from vlmamba.errors import ConfigError, VLMambaError
+from vlmamba.training.faults import EXIT_STOPPED
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 EXAMPLES = """examples:
   vlmamba ablate                                             the tables there are
   vlmamba ablate vl_mamba_connectors --recipe playground     train, measure, report; again goes on where it stopped
@@ -27,6 +30,18 @@ def run(words: Sequence[str]) -> int:
     """Run the verb."""
     if words and words[0] == "speed":
         return _speed(words[1:])
+    try:
+        return _table(words)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise VLMambaError(
+            f"{error.strerror}: {error.filename}. What has finished is kept: make room, or name another folder with "
+            "--store, and start the same command again."
+        ) from error
+
+
+def _table(words: Sequence[str]) -> int:
     arguments, rest = _parser().parse_known_args(words)
     if arguments.table is None:
         print("tables in eval/ablations/:")
@@ -48,8 +63,7 @@ def _ablate(arguments: argparse.Namespace, table: Table, words: Sequence[str]) -
     from vlmamba.ablations.tables import format_rows
 
     store = Store(arguments.store or f"runs/ablations/{Path(table.recipe).stem}")
-    rows = [name.strip() for name in arguments.rows.split(",")] if arguments.rows else None
-    graph = expand(table, store.root, seeds=arguments.seeds, rows=rows)
+    graph = expand(table, store.root, seeds=arguments.seeds, rows=table.named(arguments.rows))
     if arguments.no_speed:
         graph = graph.without_speed()
     if arguments.dry_run:
@@ -92,7 +106,7 @@ def _ablate(arguments: argparse.Namespace, table: Table, words: Sequence[str]) -
     print(f"\nreport: {page}")
     if execution.stopped:
         print("stopped; the same command goes on")
-        return 75
+        return EXIT_STOPPED
     return 0 if complete else 1
 
 
@@ -116,9 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         help="what to train the rows with: a recipe that the table knows (playground, vl_mamba, ...)",
     )
-    add("--rows", help="only these rows, comma-separated")
+    add(
+        "--rows", action="append", default=[], metavar="NAMES", help="only these, comma-separated; repeatable"
+    )
     add("--seeds", type=_numbers, help="instead of the table's, comma-separated")
-    add("--jobs", type=int, default=1, help="runs at a time on this machine (1)")
+    add("--jobs", type=_positive, default=1, help="runs at a time on this machine (1)")
     add("--nproc", default="1", help="processes of each run, or auto: one a GPU (1)")
     add("--store", help="folder of the results, shared by tables (runs/ablations/RECIPE)")
     add("--report", help="folder of the report (STORE/reports)")
@@ -147,6 +163,12 @@ def _numbers(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"numbers separated by commas, got {text!r}") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, got {text!r}")
+    return int(text)
 
 
 def _speed(words: Sequence[str]) -> int:
