@@ -205,6 +205,28 @@ def test_the_connector_of_the_page_passes_the_tests_of_the_page(pool, tmp_path):
     tests[1](tmp_path)
 
 
+@pytest.mark.usefixtures("pool")
+def test_the_table_of_the_page_compares_what_the_page_says(tmp_path, monkeypatch):
+    from vlmamba.ablations import load_table
+    from vlmamba.ablations.graph import expand
+    from vlmamba.models.builder import build_meta_model
+
+    (code,) = [
+        code for mark, _, code in blocks(ROOT / "docs" / "ablations.md", "python") if mark == "run: table"
+    ]
+    (tmp_path / "pooling.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    table = load_table(str(tmp_path / "pooling.py"))
+    graph = expand(table, tmp_path / "store", seeds=[1])
+    tokens = {
+        row.name: build_meta_model(
+            graph.nodes[graph.cells[row.name, 1].train[-1]].config.model
+        ).multi_modal_projector.num_tokens
+        for row in table.rows
+    }
+    assert tokens == {"MLP, 64 tokens": 64, "pooled, 16 tokens": 16, "pooled, 4 tokens": 4}
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with what the marked blocks need: a finished run (of a tiny model) and a picture."""
