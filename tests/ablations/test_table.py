@@ -8,7 +8,8 @@ from vlmamba.errors import ConfigError, MissingFileError
 
 ROOT = Path(__file__).parents[2]
 PLAYGROUND = [
-    "connector_speed", "q_mamba_attention", "q_mamba_initialisation", "q_mamba_layers", "q_mamba_queries", "q_mamba_scan",
+    "connector_speed", "q_mamba_attention", "q_mamba_initialisation", "q_mamba_layers", "q_mamba_queries",
+    "q_mamba_scan",
     "vl_mamba_connectors", "vl_mamba_scans",
 ]  # fmt: skip
 
