@@ -2,8 +2,9 @@
 
 Training imports no evaluation: a run's config names functions (`TrainConfig.evaluations`), each called as
 ``function(model, processor, step=step, **options)`` and returning numbers by name. Every process calls it, at the same
-step, with the model in evaluation mode and without gradients; the numbers of the first process count. Where weights
-are cut over processes (fsdp2, zero3) each of them has to run the model equally often.
+step, with the model in evaluation mode and without gradients; the numbers of the first process count. Weights that are
+cut over processes are gathered before, so each process may run the model as often as it likes, or leave the work to
+the first. An error in one of them ends the run in all.
 
 An evaluation changes nothing of the training: random generators and modes are put back, and a step is evaluated before
 its checkpoint is written, so that a run killed in between evaluates it again.
@@ -29,14 +30,16 @@ from vlmamba.registry import close_matches
 from vlmamba.training.checkpoint import rng_state, set_rng_state
 from vlmamba.training.config import EvaluationConfig
 from vlmamba.training.metrics import JsonlLogger, MetricLogger
+from vlmamba.training.parallel import Channel, Parallel
 from vlmamba.training.parts import set_modes
+from vlmamba.training.precision import autocast
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_LOG = "eval.jsonl"
 """File of the run: one line for each evaluation."""
 
-Function = Callable[..., Mapping[str, float]]
+Function = Callable[..., Mapping[str, float] | None]
 
 
 def find_function(spec: str, options: Mapping[str, Any]) -> Function:
@@ -91,14 +94,18 @@ class Evaluations:
         model: As it trains, not wrapped.
         processor: Its processor.
         run_dir: Where `EVALUATION_LOG` is.
-        main: Whether this process writes.
+        parallel: Gathers the weights.
+        channel: Tells the processes how it went.
+        precision: That of the training.
     """
 
     configs: Sequence[EvaluationConfig]
     model: Any
     processor: Any
     run_dir: Path
-    main: bool
+    parallel: Parallel
+    channel: Channel
+    precision: str
 
     def __post_init__(self) -> None:
         self.functions = [find_function(each.function, each.options) for each in self.configs]
@@ -106,7 +113,7 @@ class Evaluations:
 
     def open(self, *, resume_step: int) -> None:
         """Go on with the log after a step."""
-        if self.main and self.configs:
+        if self.parallel.is_main and self.configs:
             self._log = JsonlLogger(self.run_dir / EVALUATION_LOG, resume_step=resume_step)
 
     def close(self) -> None:
@@ -121,27 +128,46 @@ class Evaluations:
             TrainingError: One failed.
         """
         started = time.perf_counter()
-        for config, function in zip(self.configs, self.functions, strict=True):
-            if step % config.every == 0 or last:
+        pairs = zip(self.configs, self.functions, strict=True)
+        due = [(config, function) for config, function in pairs if step % config.every == 0 or last]
+        if not due:
+            return 0.0
+        with self.parallel.gathered(self.model):
+            for config, function in due:
+                began = time.perf_counter()
                 numbers = self._evaluate(config, function, step)
-                self._write(config, step, numbers, time.perf_counter() - started, loggers)
+                self._write(config, step, numbers, time.perf_counter() - began, loggers)
         return time.perf_counter() - started
 
     def _evaluate(self, config: EvaluationConfig, function: Function, step: int) -> dict[str, float]:
         generators = rng_state()
         self.model.eval()
+        numbers: dict[str, float] = {}
+        failure: Exception | None = None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.precision, self.parallel.device):
                 found = function(self.model, self.processor, step=step, **config.options)
-            return {str(name): float(value) for name, value in found.items()}
-        except Exception as error:
-            raise TrainingError(
-                f"step {step}: the evaluation {config.function} failed: {type(error).__name__}: {error}. Training was "
-                "sound; repair it, or leave it out of `evaluations`, and continue with --resume."
-            ) from error
+            numbers = {str(name): float(value) for name, value in (found or {}).items()}
+        except Exception as error:  # noqa: BLE001 - whatever it was, all processes are told
+            failure = error
         finally:
             set_rng_state(generators)
             set_modes(self.model)
+        self._agree(config, step, failure)
+        return numbers
+
+    def _agree(self, config: EvaluationConfig, step: int, failure: Exception | None) -> None:
+        """Wait for all processes, and end in all of them if it failed in one."""
+        mine = None if failure is None else f"{type(failure).__name__}: {failure}"
+        failures = self.channel.gather(mine)
+        rank = next((rank for rank, text in enumerate(failures) if text is not None), None)
+        if rank is None:
+            return
+        where = f" on rank {rank}" if len(failures) > 1 else ""
+        raise TrainingError(
+            f"step {step}: the evaluation {config.function} failed{where}: {failures[rank]}. Training was sound; "
+            "repair it, or leave it out of `evaluations`, and continue with --resume."
+        ) from failure
 
     def _write(
         self,

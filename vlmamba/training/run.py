@@ -100,7 +100,9 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     model, processor = prepare_model(config, parallel.device)
     frozen = checkpoints.frozen_fingerprint(model)
     logger.info("parts:\n%s", format_parts(parts_table(model)))
-    evaluations = Evaluations(config.evaluations, model, processor, run_dir, parallel.is_main)
+    evaluations = Evaluations(
+        config.evaluations, model, processor, run_dir, parallel, channel, config.precision
+    )
     if parallel.rank:
         seed_all(config.seed + parallel.rank)  # dropout differs between processes, first weights do not
 

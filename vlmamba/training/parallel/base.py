@@ -88,6 +88,10 @@ class Parallel(ABC):
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds one micro-step; gradients need to be exchanged in the last one only."""
 
+    def gathered(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within it every process holds all weights and runs the model, as given to `wrap`, without messages."""
+        return contextlib.nullcontext()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a micro-step's share of the loss."""
         (loss * self.loss_scale).backward()

@@ -12,6 +12,7 @@ Source of the interface: https://docs.pytorch.org/docs/stable/distributed.fsdp.f
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -79,8 +80,8 @@ class FSDP2(GroupParallel):
         }
         for block in blocks(model):
             if any(p not in ignored for p in block.parameters()):
-                fully_shard(block, reshard_after_forward=self.sharding.shard == "full", **options)
-        fully_shard(model, reshard_after_forward=False, **options)
+                fully_shard(block, reshard_after_forward=self._gathers_twice(block, model), **options)
+        fully_shard(model, reshard_after_forward=self._gathers_twice(model, model), **options)
         return model
 
     def _replicated(self, model: nn.Module) -> set[nn.Parameter]:
@@ -95,6 +96,30 @@ class FSDP2(GroupParallel):
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are reduced in every micro-step: kept whole, they would take the memory that cutting saves."""
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Gather every block once and keep it, so that processes may run the model unequally often."""
+        from torch.distributed.fsdp import FSDPModule
+
+        groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for group in groups:
+            group.unshard()
+        model.set_reshard_after_forward(False)  # type: ignore[operator]
+        if hasattr(model, "generate"):  # which would let all processes generate until the last one is done
+            model.generate = functools.partial(model.generate, synced_gpus=False)  # type: ignore
+        try:
+            yield
+        finally:
+            model.__dict__.pop("generate", None)
+            # Else the next backward would gather ahead by the order of these forwards, which processes may not share.
+            model._get_fsdp_state()._comm_ctx.post_forward_order.clear()  # type: ignore[operator]
+            for group in groups:
+                group.set_reshard_after_forward(self._gathers_twice(group, model), recurse=False)
+                group.reshard()
+
+    def _gathers_twice(self, group: nn.Module, model: nn.Module) -> bool:
+        return self.sharding.shard == "full" and group is not model
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
         """The norm over all shards, the same in all processes; gradients are scaled to `max_norm` at most."""

@@ -9,6 +9,7 @@ Source of the interface: https://deepspeed.readthedocs.io (initialize, engine, "
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -151,6 +152,14 @@ class ZeRO(GroupParallel):
         self._last = last
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
+
+    def gathered(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Stage 3 gathers all weights once and takes its hooks off meanwhile."""
+        if self.stage != 3:
+            return contextlib.nullcontext()
+        stage3 = importlib.import_module("deepspeed.runtime.zero.stage3")
+        whole: AbstractContextManager[None] = stage3.unwrap_model_for_generation(self.engine)
+        return whole
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward by the engine, which averages over the processes."""
