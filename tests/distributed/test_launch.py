@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from vlmamba.errors import ConfigError
+from vlmamba.testing.processes import Ended, start_ranks, wait_for
 from vlmamba.training.parallel import spawn
 from vlmamba.training.parallel.launch import Launch, first_host, read_launch, tasks_per_node
 
-ROOT = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).with_name("programs.py")
 TORCHRUN = {
     "RANK": "5",
     "WORLD_SIZE": "8",
@@ -94,45 +93,50 @@ elif what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 """
-PARENT = """
-import subprocess, sys
-from vlmamba.training.parallel import spawn
-spawn.GRACE_SECONDS = 0.3
-real = subprocess.Popen
-spawn.subprocess.Popen = lambda command, **more: real([sys.executable, "-c", {child!r}, sys.argv[1]], **more)
-sys.exit(spawn.spawn([], 2))
-"""
 
 
-def start(what: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NNODES", "MASTER_"))}
-    command = [sys.executable, "-c", PARENT.format(child=CHILD), what]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+class Started:
+    """Our launcher with that child, forked from a server that has imported torch once."""
+
+    def __init__(self, what: str, folder: Path) -> None:
+        self.folder = folder / what
+        self.processes = start_ranks(PROGRAMS, "launch", CHILD, what, world_size=1, folder=self.folder)
+
+    def output(self) -> str:
+        """What it has written so far."""
+        path = self.folder / "0.output"
+        return path.read_text() if path.is_file() else ""
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.processes[0].pid, number)
+
+    def end(self) -> Ended:
+        """Wait for it."""
+        (ended,) = wait_for(self.processes, self.folder)
+        return ended
 
 
-def test_spawned_processes_know_their_places() -> None:
-    process = start("variables")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    lines = sorted(line.split() for line in out.splitlines())
+def test_spawned_processes_know_their_places(tmp_path: Path) -> None:
+    ended = Started("variables", tmp_path).end()
+    assert ended.exitcode == 0, ended.output
+    lines = sorted(line.split() for line in ended.output.splitlines())
     assert [line[:3] for line in lines] == [["0", "2", "0"], ["1", "2", "1"]]
     assert lines[0][3] == lines[1][3]
 
 
-def test_a_request_to_stop_reaches_all_and_its_code_comes_back() -> None:
-    process = start("stop")
-    assert process.stdout is not None
-    assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n"] * 2
-    process.send_signal(signal.SIGUSR1)
-    process.communicate()
-    assert process.returncode == 75
+def test_a_request_to_stop_reaches_all_and_its_code_comes_back(tmp_path: Path) -> None:
+    started = Started("stop", tmp_path)
+    limit = time.monotonic() + 55
+    while started.output().count("ready\n") < 2 and time.monotonic() < limit:
+        time.sleep(0.05)
+    started.send(signal.SIGUSR1)
+    assert started.end().exitcode == 75
 
 
-def test_one_that_dies_ends_the_others() -> None:
+def test_one_that_dies_ends_the_others(tmp_path: Path) -> None:
     began = time.monotonic()
-    process = start("die")
-    _, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGKILL
-    assert "process 1 of this host ended with SIGKILL; ending the others" in err
+    ended = Started("die", tmp_path).end()
+    assert ended.exitcode == 128 + signal.SIGKILL
+    assert "process 1 of this host ended with SIGKILL; ending the others" in ended.output
     assert time.monotonic() - began < 55
