@@ -150,6 +150,32 @@ def test_a_step_that_is_not_finite(zero: Any, values: Any, ranks: Any) -> None:
         assert 1 <= entries.count("\n") == sum(loss != loss for loss in first["losses"])
 
 
+def test_adapters_and_offload(zero: Any, values: Any, ranks: Any, programs: Any) -> None:
+    """Adapters under both stages, and masters and moments in the memory of the host: the exports of one process."""
+    common = {"epochs": None, "max_steps": 3, "optim.eps": 1e-3, "save_every": 2}
+    lora = {"train": "multi_modal_projector", "lora": {"match": ["language_model.*.mixer.*"], "rank": 2}}
+    offload = {"sharding.cpu_offload": True}
+    wanted = {}
+    for kind, more in {"lora": lora, "offload": {}}.items():
+        alone = values({**common, **more}, output=f"{kind}-alone")
+        programs.train([{"values": alone}])
+        wanted[kind] = load_file(Path(alone["output"]) / "export" / "model.safetensors")
+    jobs = [
+        {"values": values({**common, **more, **settings}, output=f"{kind}-{name}")}
+        for kind, more in {"lora": lora, "offload": offload}.items()
+        for name, settings in zero.items()
+    ]
+    halves = [{"values": {**job["values"], "output": job["values"]["output"] + "-2"}} for job in jobs]
+    calls = [("train", jobs), ("train", [{**half, "stop_after": 2} for half in halves])]
+    calls.append(("train", [{**half, "resume": True} for half in halves]))
+    ends = ranks("several", calls)
+    assert [end.exitcode for end in ends] == [0, 0], ends[0].output + ends[1].output
+    for job in [*jobs, *halves]:
+        folder = Path(job["values"]["output"])
+        found = load_file(folder / "export" / "model.safetensors")
+        _assert_close(wanted[folder.name.partition("-")[0]], found, folder.name)
+
+
 def _tensors(run_dir: str) -> dict[str, torch.Tensor]:
     newest = latest_checkpoint(Path(run_dir))
     assert newest is not None and newest.name == "step-000010"
