@@ -5,8 +5,20 @@ from pathlib import Path
 import pytest
 
 from vlmamba.ablations import Row, Table
-from vlmamba.ablations.graph import expand, fingerprint_path
+from vlmamba.ablations.graph import _result_keys, expand, fingerprint_path
+from vlmamba.config import load_recipe
 from vlmamba.errors import ConfigError
+
+FIRST_KEYS = """
+    batch.global_batch_size data.image_position data.max_bad_fraction data.max_length data.order
+    data.pack_length data.sources data.stream ema epochs grad_clip lora max_steps micro model.chat
+    model.connector.name model.connector.options model.image.exif_transpose model.image.mode
+    model.language.hint model.language.path model.language.preset model.language.tokenizer
+    model.vision.family model.vision.feature_layer model.vision.final_norm model.vision.hint
+    model.vision.image_size model.vision.path model.vision.preset optim.betas optim.eps optim.groups
+    optim.lr optim.name optim.weight_decay precision schedule.min_lr_ratio schedule.name
+    schedule.warmup_ratio schedule.warmup_steps seed train
+""".split()  # noqa: SIM905
 
 
 def ids(graph, kind=None):
@@ -136,3 +148,27 @@ def test_fingerprints_of_files_and_folders(tmp_path):
     assert fingerprint_path(str(tmp_path)) == now
     assert fingerprint_path("nowhere/at/all") == "absent: nowhere/at/all"
     assert fingerprint_path(None) == ""
+
+
+def test_ids_outlive_new_settings(monkeypatch):
+    """A setting that is new and at rest changes no id: otherwise every finished run would be repeated.
+
+    Does this fail after a setting was added? Name it in `vlmamba.ablations.graph.ADDED`.
+    """
+    monkeypatch.chdir(Path(__file__).parents[2])
+    config = load_recipe("train/playground.py:finetune", ["--connector=mlp"]).config
+    values = _result_keys(config)
+    assert "tokens_per_step" not in values["batch"]
+    assert sorted(flat_keys(values)) == sorted(FIRST_KEYS)
+    changed = config.replace(
+        batch=config.batch.replace(tokens_per_step=4096), data=config.data.replace(pack_length=512)
+    )
+    assert _result_keys(changed)["batch"]["tokens_per_step"] == 4096
+
+
+def flat_keys(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from vlmamba.ablations.table import Row, Table
-from vlmamba.config import dump_yaml, load_recipe, recipe_functions
+from vlmamba.config import dump_yaml, flatten, load_recipe, recipe_functions
 from vlmamba.errors import ConfigError
 from vlmamba.registry import close_matches
 from vlmamba.training.checkpoint import FREE_KEYS
@@ -30,6 +30,9 @@ from vlmamba.training.config import TrainConfig
 STAGES = ("pretrain", "finetune")
 """Functions of a recipe, in the order in which they run; a recipe may lack one."""
 Kind = Literal["train", "eval", "speed"]
+ADDED: dict[str, Any] = {"batch.tokens_per_step": None}
+"""Settings that came after the first tables were run, with the value at which nothing is as it was not before: there
+they are no part of an id, so that finished runs are still found. A new setting of `TrainConfig` belongs here."""
 SAMPLED_BYTES = 1 << 16
 
 
@@ -306,6 +309,10 @@ def _result_keys(config: TrainConfig) -> dict[str, Any]:
         _remove(values, key.split("."))
     for key in ("init_from", "model.connector.init"):
         _remove(values, key.split("."))
+    flat = flatten(config)
+    for key, neutral in ADDED.items():
+        if flat[key] == neutral:
+            _remove(values, key.split("."))
     # How a step is cut changes rounding, so it stays part of what a run is.
     values["micro"] = [config.batch.micro_batch_size, config.batch.tokens_per_micro_batch]
     for source in values["data"]["sources"]:

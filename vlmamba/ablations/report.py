@@ -89,6 +89,11 @@ def facts(
         ("Speed measured on", ", ".join(sorted(devices)) or "not measured"),
         ("Commit", ", ".join(commits) or "unknown"),
     ]
+    if len(commits) > 1:
+        text = "the runs are not all of one commit (see each cell); the code between may have changed figures"
+        rows.append(("Mind", text))
+    if any(commit.endswith("-dirty") for commit in commits):
+        rows.append(("Mind also", "-dirty: files differed from the commit"))
     if len(seeds) == 1:
         rows.append(("Intervals", "of questions only: one seed says nothing about other seeds"))
     return rows
@@ -159,6 +164,7 @@ def cells(results: Sequence[RowResult], graph: Graph, store: Store) -> list[dict
                 "commands": [*cell.commands, *_evaluation(graph, cell.evaluation)],
                 "starts": dict(result.row.parts),
                 "nodes": nodes,
+                "commits": sorted({o.commit for n in nodes if (o := store.outcome(n)) and o.commit}),
             })  # fmt: skip
     return found
 
@@ -227,6 +233,7 @@ def _markdown(
             f"; its {part} starts from the row {other!r}" for part, other in cell["starts"].items()
         )
         lines += [f"**{cell['row']}, seed {cell['seed']}**: model `{cell['model']}`{starts}", ""]
+        lines += [f"Commit {', '.join(cell['commits']) or 'unknown'}; {', '.join(cell['nodes'])}", ""]
         lines += ["```", *cell["commands"], "```", ""]
     return "\n".join(lines)
 
