@@ -9,11 +9,10 @@ Source of the interface: https://deepspeed.readthedocs.io (initialize, engine, "
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -153,13 +152,20 @@ class ZeRO(GroupParallel):
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
-    def gathered(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Stage 3 gathers all weights once and takes its hooks off meanwhile."""
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Stage 3 gathers all weights once and takes its hooks off meanwhile, which would send messages."""
         if self.stage != 3:
-            return contextlib.nullcontext()
-        stage3 = importlib.import_module("deepspeed.runtime.zero.stage3")
-        whole: AbstractContextManager[None] = stage3.unwrap_model_for_generation(self.engine)
-        return whole
+            yield
+            return
+        offload = self.engine.optimizer.parameter_offload
+        with self._deepspeed.zero.GatheredParameters(list(model.parameters())):
+            offload._remove_module_hooks()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload.setup_zero_stage3_hooks()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward by the engine, which averages over the processes."""
