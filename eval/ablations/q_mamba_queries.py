@@ -51,7 +51,7 @@ def table(recipe: str = "q_mamba") -> Table:
         ),
     ]
     for number in (128, 256, 512, 729):
-        shown = PLAYGROUND[number] if playground else number
+        shown = f"{PLAYGROUND[number]} (paper: {number})" if playground else number
         settings = queries(number, playground)
         rows.append(
             Row(name=f"Q = {shown}", settings=settings, parts={"pre": "VL-Mamba"}, paper=paper(number))

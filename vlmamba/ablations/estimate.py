@@ -95,10 +95,11 @@ def _planned(yaml_text: str, gpus: int, memory: float, gpu: str) -> tuple[str, f
         return "", None  # a recipe for CPUs: no GPU's peak says how long it takes
     settings = PlanSettings(gpus=gpus, memory=memory, gpu=gpu)
     try:
-        samples = data_facts(config).samples
+        facts = data_facts(config)
         planner = Planner(config, settings)
     except VLMambaError as error:
         return f"not known: {str(error).splitlines()[0][:80]}", None
+    samples = planner.samples(facts.samples, facts.tokens)
     if samples is None:
         return "unknown number of rows", None
     work = planner.flops_of(samples) * (RECOMPUTED if config.gradient_checkpointing else 1.0)
