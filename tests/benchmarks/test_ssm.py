@@ -121,5 +121,4 @@ def test_decoding_and_weights(load, ssm, monkeypatch, tmp_path):
     assert [sorted(case["timings"]) for case in cases] == [
         ["transformers generate", "vlmamba generate", "weights alone"],
         ["bf16", "fp32", "int8"],
-        ["bf16", "fp32", "int8"],
     ]
