@@ -86,6 +86,18 @@ def streamed(client, body):
     return "".join(c["delta"].get("content", "") for c in chunks), chunks
 
 
+def test_a_reader_who_is_late_hears_of_the_stop_string_all_the_same(answerer, pictures):
+    reply, _ = expected(answerer, "What is in the image?", pictures[0])
+    assert reply.cut
+    request = user_message("What is in the image?", pictures[:1])
+    stream = answerer.stream(request, max_new_tokens=12, until=[reply.text[-3:]])
+    first = next(stream)
+    time.sleep(1)  # meanwhile the model writes to its limit
+    text = first + "".join(stream)
+    assert text.strip() == reply.text[: reply.text.index(reply.text[-3:])].strip()
+    assert not stream.cut
+
+
 def test_a_streamed_answer_is_the_same_text_in_pieces(client, answerer, pictures):
     reply, _ = expected(answerer, "What is in the image?", pictures[0])
     text, chunks = streamed(client, asked("What is in the image?", pictures[0]))

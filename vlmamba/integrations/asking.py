@@ -213,16 +213,19 @@ class Answerer:
                 failure.append(error)
                 streamer.end()
 
+        found = False
         with self.lock:
             thread = threading.Thread(target=write, daemon=True)
             thread.start()
             try:
-                yield from hold_back(_all_of(streamer, thread), until)
+                found = yield from hold_back(_all_of(streamer, thread), until)
             finally:
                 stopped.set()
                 thread.join()
         if failure:
             raise failure[0]
+        if found:  # the model may have written to its limit before it was told
+            ending.cut = False
 
     def score(self, requests: Sequence[Request], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """How likely each of its options is as the answer to a request."""
@@ -276,8 +279,12 @@ def _until(text: str, until: Sequence[str]) -> str:
     return text[: min(ends)].strip() if ends else text
 
 
-def hold_back(pieces: Iterator[str], until: Sequence[str]) -> Iterator[str]:
-    """Pass text on up to the first of some strings, keeping back what may be the beginning of one."""
+def hold_back(pieces: Iterator[str], until: Sequence[str]) -> Generator[str, None, bool]:
+    """Pass text on up to the first of some strings, keeping back what may be the beginning of one.
+
+    Returns:
+        Whether one of them came.
+    """
     until = [stop for stop in until if stop]
     longest = max((len(stop) for stop in until), default=1)
     text, sent = "", 0
@@ -287,10 +294,11 @@ def hold_back(pieces: Iterator[str], until: Sequence[str]) -> Iterator[str]:
         if ends:
             if text[sent : min(ends)]:
                 yield text[sent : min(ends)]
-            return
+            return True
         ready = len(text) - longest + 1
         if ready > sent:
             yield text[sent:ready]
             sent = ready
     if text[sent:]:
         yield text[sent:]
+    return False
