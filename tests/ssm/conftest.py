@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,25 @@ def _fixed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_choices()
     yield
     forget_choices()
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cuts fp32 off to bf16; here it rounds to nearest, as the hardware does."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    builder, language = interpreter.InterpreterBuilder, interpreter.tl
+    plain = builder.create_fp_trunc
+
+    def create_fp_trunc(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (language.float32, language.bfloat16):
+            return plain(self, src, dst_type)
+        rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return interpreter.TensorHandle(rounded, dst_type.scalar)
+
+    monkeypatch.setattr(builder, "create_fp_trunc", create_fp_trunc)
 
 
 @pytest.fixture(params=_here())
