@@ -45,7 +45,17 @@ def about_one_picture(task):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"connector": "qmamba"}, {"language": "llama"}, {"chat": "plain"}, {"chat": "zephyr"}],
+    [
+        {},
+        {"connector": "qmamba"},
+        {"language": "llama"},
+        {"language": "mistral"},
+        {"language": "mamba2"},
+        {"language": "jamba"},
+        {"language": "qwen3_5_text"},
+        {"chat": "plain"},
+        {"chat": "zephyr"},
+    ],
     ids=str,
 )
 def test_greedy_answers_are_those_of_generate(task, options):
@@ -64,7 +74,7 @@ def test_greedy_answers_are_those_of_generate(task, options):
         (theirs,) = sample_answers(model, processor, [question], max_new_tokens=12)
         (alone,) = generate_answers(model, processor, [question], max_new_tokens=12)
         assert reply == theirs == alone
-    assert len({reply.text for reply in own}) > 3
+    assert len({reply.text for reply in own}) > (1 if "language" in options else 3)
     assert sample_answers(model, processor, questions, max_new_tokens=12) == own
 
 

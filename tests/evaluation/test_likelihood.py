@@ -53,7 +53,11 @@ def plain(model, processor, question):
     return totals
 
 
-@pytest.mark.parametrize("options", [{}, {"connector": "qmamba"}, {"language": "llama"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"connector": "qmamba"}, {"language": "llama"}, {"language": "gemma2"}, {"language": "jamba"}],
+    ids=str,
+)
 def test_a_shared_state_gives_the_plain_likelihoods(task, options):
     model, processor = sharpened(**options)
     questions = encoded(processor, task)

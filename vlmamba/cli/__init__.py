@@ -25,6 +25,7 @@ VERBS = {
     "plan": "memory, tokens and hours of a recipe: vlmamba plan train/vl_mamba.py:finetune --gpus 8",
     "ablate": "run a table of comparisons: vlmamba ablate vl_mamba_connectors --recipe playground",
     "report": "write a page with losses, scores and answers of finished runs",
+    "check": "is a language model the same packed, padded, stepped, reloaded: vlmamba check language DIR",
     "convert": "convert checkpoints between layouts (transformers, state-spaces, LLaVA, Cobra)",
     "info": "versions, devices, scan backends (and why not), connectors, encoders, templates",
 }

@@ -2,7 +2,8 @@
 
 A prompt is run in two parts: up to its last picture, and the rest. Questions of a batch whose first parts are the same
 (several questions about one picture) run it once and go on from copies of its state; pictures are most of a prompt,
-so this is most of the work. The cut is where it is for every batch, so answers do not depend on who shares.
+so this is most of the work. The cut is where it is for every batch, so answers do not depend on who shares. A language
+model that cannot go on from a cache exactly (`LanguageFamily.continues`) runs prompts in one part.
 
 Shapes: B rows of a batch, L length of the longest row, n pictures of the batch, C channels, S image size,
 X vocabulary.
@@ -103,7 +104,9 @@ class Prompted:
 
 def run_prompts(model: Any, processor: Any, questions: Sequence[Question]) -> Prompted:
     """Run the prompts of a batch; what several have in common up to their last picture, once."""
-    cuts = [_after_pictures(q.input_ids, processor.image_token_id) for q in questions]
+    cuts = [len(q.input_ids) for q in questions]
+    if continues(model):
+        cuts = [_after_pictures(q.input_ids, processor.image_token_id) for q in questions]
     firsts: dict[Hashable, int] = {}
     owners: list[int] = []
     heads: list[Question] = []
@@ -122,6 +125,11 @@ def run_prompts(model: Any, processor: Any, questions: Sequence[Question]) -> Pr
         prompted = prompted.select(torch.tensor(owners, device=mask.device))
     rest = [q.input_ids[cut:] for q, cut in zip(questions, cuts, strict=True)]
     return _run_rest(model, prompted, rest)
+
+
+def continues(model: Any) -> bool:
+    """Whether the language model goes on from a cache with several tokens, padded as a batch needs it."""
+    return family_of(model.language_model).continues is True
 
 
 def _run_rest(model: Any, prompted: Prompted, rest: Sequence[Sequence[int]]) -> Prompted:

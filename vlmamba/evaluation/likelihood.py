@@ -2,7 +2,8 @@
 
 A prompt with its pictures is encoded and scanned once; its state is then copied for every option, and all
 options of a batch go on from there together. The sum and the per-token mean of the log-probabilities are
-those of the plain way (each option behind the whole prompt anew) up to rounding.
+those of the plain way (each option behind the whole prompt anew) up to rounding; a language model that cannot go on
+from a cache exactly (`LanguageFamily.continues`) goes that way.
 
 An option counts as it would stand in an answer (the chat template decides about the space in front of it),
 without the token that ends answers. So "1" is never less likely than "10": where one option begins another,
@@ -24,8 +25,10 @@ from vlmamba.errors import DataError
 from vlmamba.evaluation.generation import (
     Prompted,
     Question,
+    continues,
     encode_question,
     evaluating,
+    model_inputs,
     pad_right,
     run_prompts,
 )
@@ -95,16 +98,39 @@ def score_options(model: Any, processor: Any, questions: Sequence[Question]) -> 
         For each question the scores of its options, in their order.
     """
     with evaluating(model), torch.inference_mode():
-        prompted = run_prompts(model, processor, questions)
-        owners = [row for row, q in enumerate(questions) for _ in q.options]
         options = [ids for q in questions for ids in q.options]
-        rows = torch.tensor(owners, device=model.device)
-        logits = prompted.logits[rows][:, None]
-        if max(map(len, options)) > 1:
-            later = _continue(model, prompted.select(rows), options)
-            logits = torch.cat([logits, later], dim=1)  # (O, T, X)
+        logits = _option_logits(model, processor, questions, options)
         scores = iter(_scores(logits, options))
     return [[next(scores) for _ in q.options] for q in questions]
+
+
+def _option_logits(
+    model: Any, processor: Any, questions: Sequence[Question], options: Sequence[Sequence[int]]
+) -> Tensor:
+    """Logits (O, T, X) that predict the options' tokens, each option's own in front."""
+    longest = max(map(len, options))
+    owners = [row for row, q in enumerate(questions) for _ in q.options]
+    if longest > 1 and not continues(model):
+        return _whole(model, processor, [questions[row] for row in owners], options)
+    prompted = run_prompts(model, processor, questions)
+    rows = torch.tensor(owners, device=model.device)
+    logits = prompted.logits[rows][:, None]
+    if longest == 1:
+        return logits
+    return torch.cat([logits, _continue(model, prompted.select(rows), options)], dim=1)
+
+
+def _whole(
+    model: Any, processor: Any, questions: Sequence[Question], options: Sequence[Sequence[int]]
+) -> Tensor:
+    """As `_option_logits`, each prompt with its option in one part and without a cache."""
+    rows = [q._replace(input_ids=[*q.input_ids, *o[:-1]]) for q, o in zip(questions, options, strict=True)]
+    inputs = model_inputs(model, processor, rows)  # padded on the left
+    longest = max(map(len, options))
+    logits = model(**inputs, logits_to_keep=longest).logits
+    shifts = torch.tensor([longest - len(option) for option in options], device=logits.device)
+    places = torch.arange(longest, device=logits.device) + shifts[:, None]
+    return logits.gather(1, places.clamp(max=longest - 1)[..., None].expand(-1, -1, logits.shape[-1]))
 
 
 def _continue(model: Any, prompted: Prompted, options: Sequence[Sequence[int]]) -> Tensor:

@@ -27,6 +27,7 @@ from vlmamba.models.language import (
     load_tokenizer,
     read_config,
 )
+from vlmamba.models.language.causality import check_causal
 from vlmamba.models.language.loading import resolve_directory
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor, check_tokenizer
@@ -85,6 +86,8 @@ class LanguageConfig(Config):
     """Directory or hub id of the weights."""
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer; the model's own directory when left out."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """How a language model with attention computes it; transformers' choice when left out."""
     preset: str | None = None
     """Size of a published Mamba ("2.8b"), for a dry run without the weights."""
     hint: str = ""
@@ -129,6 +132,7 @@ def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, V
     Raises:
         MissingFileError: Weights or tokenizer are not there.
         CheckpointError: They do not fit.
+        ConfigError: The language model cannot be used exactly, or sees what comes later.
     """
     vision = load_vision_encoder(
         config.vision.family,
@@ -137,7 +141,10 @@ def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, V
         image_size=config.vision.image_size,
         final_norm=config.vision.final_norm,
     )
-    language = load_language_model(config.language.path, torch.float32)
+    attention = (
+        {} if config.language.attention is None else {"attn_implementation": config.language.attention}
+    )
+    language = load_language_model(config.language.path, torch.float32, **attention)
     tokenizer = load_tokenizer(config.language.tokenizer or config.language.path)
     check_tokenizer(tokenizer, config.language.tokenizer or config.language.path)
     connector = build_connector(
@@ -167,6 +174,7 @@ def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, V
     )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.pad_token_id
+    check_causal(model.language_model)
     return model, processor
 
 
@@ -213,6 +221,7 @@ def load_model(
             f"the weights in {directory} do not fit its config.json: missing {sorted(info['missing_keys'])[:5]}, "
             f"unexpected {sorted(info['unexpected_keys'])[:5]}, other shapes {sorted(info['mismatched_keys'])[:5]}"
         )
+    check_causal(model.language_model)
     return model.eval(), VLMambaProcessor.from_pretrained(directory)
 
 

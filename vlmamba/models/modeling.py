@@ -32,6 +32,7 @@ from vlmamba.models.language import (
     prepare_generation_cache,
     run_language_model,
 )
+from vlmamba.models.language.loading import restore_buffers
 from vlmamba.models.language.loss import next_token_loss, select_rows
 from vlmamba.models.language.versions import CACHE, one_cache
 from vlmamba.models.positions import segments_of_positions
@@ -96,6 +97,13 @@ class VLMambaPreTrainedModel(PreTrainedModel):
         )
         self.language_model = language_model or build_language_model(config.text_config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; buffers that are not saved are worked out again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        restore_buffers((loaded[0] if isinstance(loaded, tuple) else loaded).language_model)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part initialises its own weights where it is built."""

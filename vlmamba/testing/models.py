@@ -16,6 +16,7 @@ from vlmamba.models import (
 )
 from vlmamba.models.chat import load_template
 from vlmamba.models.connectors import build_connector
+from vlmamba.testing.families import tiny_config
 
 CORPUS = (
     "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: What is in the image?",
@@ -83,8 +84,10 @@ def tiny_vision_config(feature_layer: int = -2) -> dict[str, Any]:
     }
 
 
-def tiny_text_config(language: str = "mamba") -> MambaConfig | LlamaConfig:
-    """A two-layer language model of width 32 and 368 vocabulary rows: "mamba" or "llama"."""
+def tiny_text_config(language: str = "mamba") -> Any:
+    """A two-layer language model of 368 vocabulary rows: "mamba" or "llama", of width 32, or a type of `families`."""
+    if language not in ("mamba", "llama"):
+        return tiny_config(language, vocab_size=368, eos_token_id=0)
     common = {
         "vocab_size": 368,
         "hidden_size": 32,
@@ -121,7 +124,7 @@ def tiny_model(
 
     Args:
         connector: Name of the connector.
-        language: "mamba" or "llama".
+        language: "mamba", "llama" or another of `TINY_FAMILIES`.
         chat: Chat template.
         seed: Seed of the weights; the caller's random state is left alone.
         **options: The connector's options, over the tiny defaults.

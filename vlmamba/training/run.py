@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlmamba.config import dump_yaml, load_yaml
 from vlmamba.errors import CheckpointError
 from vlmamba.models.builder import build_model
+from vlmamba.models.language.causality import check_causal, check_packs
 from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import build_data, open_sources, total_steps
@@ -229,11 +230,20 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
         if not model.vision_tower.frozen:
             model.vision_tower.set_gradient_checkpointing(True)
     set_modes(model)
-    return model.to(device), processor
+    model.to(device)
+    if device.type != "cpu":
+        check_causal(model.language_model)  # what is computed here may be computed otherwise there
+    return model, processor
 
 
 def set_trained_parts(model: Any, config: TrainConfig) -> None:
-    """Decide what trains, add adapters, and hold every parameter in its number format."""
+    """Decide what trains, add adapters, and hold every parameter in its number format.
+
+    Raises:
+        ConfigError: The language model cannot be trained so: packed rows would not be exact.
+    """
+    if config.data.pack_length is not None:
+        check_packs(model.language_model)
     if config.train:
         set_trainable(model, config.train)
     else:

@@ -1,8 +1,7 @@
 """Causal language models of transformers whose layers are attention: the baseline for Mamba.
 
-Packed rows get a block-diagonal mask. Where all layers see everything before them it is made here; where some see a
-window, transformers' own masks are asked for, which keep the windows: it takes positions that start anew for samples
-of their own.
+Packed rows get block-diagonal masks made here, with the window of the layers that have one: transformers would take
+position ids that start anew for samples of their own, but not all of its models look at them.
 
 Shapes: B batch, L length, T columns in the cache and the input together, D model width.
 """
@@ -15,9 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from vlmamba.errors import ConfigError, ShapeError
-from vlmamba.models.language.families import LanguageFamily, LanguageOutput, Verdict
+from vlmamba.models.language.families import (
+    LanguageFamily,
+    LanguageOutput,
+    Verdict,
+    family_of,
+    require,
+)
 from vlmamba.models.language.head import logits
 from vlmamba.models.language.versions import CACHE, CACHE_NAMES, arguments_of, cache_of, one_cache
 
@@ -26,7 +32,7 @@ def build(config: Any) -> nn.Module:
     """A model with random weights from its config."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 
@@ -43,15 +49,26 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, **options: An
     return load_strictly(AutoModelForCausalLM, path, dtype=dtype, **options)
 
 
-def layer_kinds(config: Any) -> frozenset[str]:
-    """What the layers keep between steps, by the names of transformers' own classes."""
+def _layers(config: Any) -> list[Any]:
+    """What the layers keep between steps: transformers' own description of them."""
     from transformers import DynamicCache
 
     try:
-        layers = DynamicCache(config=config).layers
+        return list(DynamicCache(config=config).layers)
     except (AttributeError, KeyError, TypeError, ValueError):  # a config without what that needs
-        return frozenset()
-    return frozenset(type(layer).__name__ for layer in layers)
+        return []
+
+
+def layer_kinds(config: Any) -> frozenset[str]:
+    """Kinds of layers, by the names of transformers' classes for their caches."""
+    return frozenset(type(layer).__name__ for layer in _layers(config))
+
+
+def window_of(config: Any) -> int | None:
+    """Tokens that a layer with an attention window sees, itself included; None without such layers."""
+    return max(
+        (layer.sliding_window for layer in _layers(config) if hasattr(layer, "sliding_window")), default=None
+    )
 
 
 def keeps_states(config: Any) -> bool:
@@ -69,21 +86,36 @@ def keeps_states(config: Any) -> bool:
 
 def packs(config: Any) -> Verdict:
     """Whether packed rows are exact."""
-    implementation = getattr(config, "_attn_implementation", None) or ""
-    if "flash" in implementation:
+    implementation = getattr(config, "_attn_implementation", None) or "sdpa"
+    if implementation not in ("sdpa", "eager"):
         return (
             f"attn_implementation={implementation!r} takes no block-diagonal mask; set model.language.attention sdpa "
             "(attn_implementation='sdpa'), or data.pack_length none"
         )
-    other = layer_kinds(config) - {"DynamicLayer", "DynamicSlidingWindowLayer"}
-    if other or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        kinds = ", ".join(sorted(other)) or "chunks"
+    layers = _layers(config)
+    other = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    windows = {layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")}
+    if other or len(windows) > 1 or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        kinds = ", ".join(sorted(other)) or "chunks, or windows of several widths"
         return f"it has layers that choose what they see ({kinds}); set data.pack_length none"
     return True
 
 
+def continues(config: Any) -> Verdict:
+    """Whether several tokens may follow a cache, padding between."""
+    if window_of(config) is None:
+        return True
+    return (
+        "with padding between the parts, attention windows in transformers' cache count it as tokens; run the prompt "
+        "in one part, padded on the left"
+    )
+
+
 def packed_attention_mask(
-    seq_idx: torch.Tensor, dtype: torch.dtype, attention_mask: torch.Tensor | None = None
+    seq_idx: torch.Tensor,
+    dtype: torch.dtype,
+    attention_mask: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Additive causal mask in which the samples of a packed row do not see each other.
 
@@ -91,6 +123,7 @@ def packed_attention_mask(
         seq_idx: (B, L) sample index.
         dtype: Dtype of the scores the mask is added to.
         attention_mask: (B, L), 0 at padding, which nobody sees (but itself).
+        window: Tokens that are seen, itself included; all when not given.
 
     Returns:
         (B, 1, L, L), 0 where attended and the dtype's lowest value elsewhere.
@@ -98,11 +131,29 @@ def packed_attention_mask(
     length = seq_idx.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=seq_idx.device).tril()
     seen = (seq_idx[:, :, None] == seq_idx[:, None, :]) & earlier
+    real = torch.ones_like(seq_idx) if attention_mask is None else (attention_mask != 0).to(seq_idx.dtype)
+    if window is not None:
+        number = real.cumsum(dim=1)  # a window is so many tokens, not columns
+        seen = seen & (number[:, :, None] - number[:, None, :] < window)
     if attention_mask is not None:
         itself = torch.eye(length, dtype=torch.bool, device=seq_idx.device)
-        seen = seen & ((attention_mask != 0)[:, None, :] | itself)
+        seen = seen & ((real != 0)[:, None, :] | itself)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seq_idx.device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _packed_masks(
+    config: Any, seq_idx: torch.Tensor, dtype: torch.dtype, attention_mask: torch.Tensor | None
+) -> Any:
+    """The masks of a packed row in the form that the model takes: one, or one for each type of layer."""
+    window = window_of(config)
+    types = set(getattr(config, "layer_types", None) or ())
+    if window is None or len(types) < 2:
+        return packed_attention_mask(seq_idx, dtype, attention_mask, window)
+    return {
+        "full_attention": packed_attention_mask(seq_idx, dtype, attention_mask),
+        "sliding_attention": packed_attention_mask(seq_idx, dtype, attention_mask, window),
+    }
 
 
 def packed_position_ids(seq_idx: torch.Tensor) -> torch.Tensor:
@@ -130,17 +181,14 @@ def run(
 ) -> LanguageOutput:
     """See `families.run_language_model`."""
     batch, length = inputs_embeds.shape[:2]
+    if cache is not None:
+        check_cache(model, cache, Cache)
     past = 0 if cache is None else int(cache.get_seq_length())
     position_ids = None
     if seq_idx is not None:
         _check_packed(model, seq_idx, (batch, length), past)
-        if "DynamicSlidingWindowLayer" in layer_kinds(model.config):
-            if use_cache:
-                raise ShapeError("a packed row fills no cache; leave use_cache off")
-            position_ids, attention_mask = _with_padding_apart(seq_idx, attention_mask), None
-        else:
-            position_ids = packed_position_ids(seq_idx)
-            attention_mask = packed_attention_mask(seq_idx, inputs_embeds.dtype, attention_mask)
+        position_ids = packed_position_ids(seq_idx)
+        attention_mask = _packed_masks(model.config, seq_idx, inputs_embeds.dtype, attention_mask)
     elif attention_mask is not None:
         if attention_mask.shape != (batch, past + length):
             raise ShapeError(
@@ -148,6 +196,8 @@ def run(
                 f"{(batch, past + length)}: {past} cached columns and {length} new ones"
             )
         position_ids = padded_position_ids(attention_mask, length)
+        if (use_cache or past) and length > 1 and family_of(model).continues is not True:
+            check_padded_left(model, attention_mask)
     elif past:
         position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
     return call_decoder(
@@ -175,23 +225,14 @@ def call_decoder(
     return LanguageOutput(output.last_hidden_state, filled, output.get("hidden_states"))
 
 
-def _with_padding_apart(seq_idx: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Positions (B, L) that restart where the sample changes, padding being a sample of its own.
+def check_padded_left(model: Any, attention_mask: torch.Tensor) -> None:
+    """Raise where a row on a cache has padding behind a token.
 
     Raises:
-        ShapeError: There is padding within a sample.
+        ConfigError: It has, and the family cannot continue that.
     """
-    if attention_mask is None:
-        return packed_position_ids(seq_idx)
-    real = attention_mask != 0
-    apart = torch.where(real, seq_idx, seq_idx.min() - 1)
-    positions, in_sample = packed_position_ids(apart), packed_position_ids(seq_idx)
-    if bool((real & (positions != in_sample)).any()):
-        raise ShapeError(
-            "a packed row has padding inside a sample; with attention windows, padding must stand between samples "
-            "(give it a seq_idx of its own)"
-        )
-    return positions
+    if bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+        require(family_of(model).continues, model.config, "padding behind tokens on a cache")
 
 
 def _check_packed(model: Any, seq_idx: torch.Tensor, shape: tuple[int, int], past: int) -> None:
@@ -206,7 +247,7 @@ def _check_packed(model: Any, seq_idx: torch.Tensor, shape: tuple[int, int], pas
 
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """See `families.prepare_generation_cache`."""
-    from transformers import Cache, DynamicCache
+    from transformers import DynamicCache
 
     put_cache(model, generation_config, model_kwargs, Cache, lambda: DynamicCache(config=model.config))
 
@@ -257,4 +298,5 @@ def family(config: Any) -> LanguageFamily:
         stateful=False,
         needs_mask_after_prompt=True,
         packs=packs(config),
+        continues=continues(config),
     )

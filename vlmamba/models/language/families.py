@@ -54,7 +54,7 @@ class LanguageFamily:
         serves: Whether it can be used at all.
         packs: Whether samples packed into one row (`seq_idx`) are exactly those samples alone.
         pads: Whether padded rows, on either side, are exactly the rows alone.
-        continues: Whether several tokens at once may go onto a cache.
+        continues: Whether several tokens at once may go onto the cache of a batch, with padding anywhere.
     """
 
     build: Callable[[Any], Any]
@@ -157,8 +157,6 @@ def run_language_model(
         require(family.packs, model.config, "packed rows (seq_idx)")
     if family.pads is not True and attention_mask is not None and bool((attention_mask == 0).any()):
         require(family.pads, model.config, "padded rows")
-    if family.continues is not True and inputs_embeds.shape[1] > 1 and _has_tokens(cache):
-        require(family.continues, model.config, "several tokens onto a cache")
     return family.run(
         model,
         inputs_embeds=inputs_embeds,
@@ -204,7 +202,3 @@ def _serving(config: Any) -> LanguageFamily:
     if family.serves is not True:
         raise ConfigError(f"language model {config.model_type!r} is refused: {family.serves}")
     return family
-
-
-def _has_tokens(cache: Any) -> bool:
-    return cache is not None and bool(getattr(cache, "is_initialized", True))

@@ -36,7 +36,7 @@ def _without_decoder(model: nn.Module) -> Any:
     for name in parents:
         copied._modules[name] = _shallow(copied._modules[name])  # type: ignore[arg-type]
         copied = copied._modules[name]  # type: ignore[assignment]
-    copied._modules[last] = _Nothing()
+    copied._modules[last] = _Nothing(decoder)
     return top
 
 
@@ -47,10 +47,17 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class _Nothing(nn.Module):
-    """A decoder that gives back what it is given."""
+    """In the decoder's place: gives back what it is given; whoever asks for a setting gets the decoder's."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_decoder"] = decoder
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Given:
         return _Given(inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"], name)
 
 
 class _Given:

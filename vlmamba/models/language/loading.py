@@ -102,7 +102,7 @@ def read_config(directory: str | Path) -> Any:
         MissingFileError: There is no config.json.
         CheckpointError: It describes no known model.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     raw = read_config_dict(directory)
     where = str(Path(directory) / "config.json")
@@ -113,8 +113,14 @@ def read_config(directory: str | Path) -> Any:
             f"{where}: neither transformers' layout (no 'model_type') nor the original state-spaces/mamba "
             f"one (no 'd_model' and 'n_layer'); it has {', '.join(sorted(raw)) or 'nothing'}"
         )
+    if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{where}: model_type {raw['model_type']!r} is code of its own (auto_map: {raw['auto_map']}), and vlmamba "
+            "runs no code that comes with a checkpoint. Use a release of transformers that has this type, or a "
+            "checkpoint in the layout of a type that it has"
+        )
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{where}: transformers cannot read it: {error}") from error
 
@@ -170,7 +176,10 @@ def load_strictly(auto_class: Any, path: str | Path, **options: Any) -> nn.Modul
             load_state_dict_file(file)
     kept = {key: value for key, value in model_options(options).items() if value is not None}
     model, info = auto_class.from_pretrained(
-        directory, output_loading_info=True, ignore_mismatched_sizes=True, **kept
+        directory,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **{"trust_remote_code": False, **kept},
     )
     loaded = model.state_dict()
     expected: dict[str, Any] = {name: loaded[name].shape for name in info["missing_keys"] if name in loaded}
@@ -181,6 +190,44 @@ def load_strictly(auto_class: Any, path: str | Path, **options: Any) -> nn.Modul
     check_fits(found, expected, where=str(directory))
     typed: nn.Module = model
     return typed
+
+
+def restore_buffers(model: Any) -> None:
+    """Work out again the buffers that a checkpoint does not hold, where the model was loaded as a part of another one.
+
+    transformers initialises a model's missing values module by module, and takes a part of which every weight was in
+    the file for finished: what its `_init_weights` alone makes (Falcon-H1's multipliers) stays as the memory was.
+
+    Args:
+        model: A causal language model of transformers with its weights, which are left alone.
+
+    Raises:
+        CheckpointError: Its own initialisation would have written over weights.
+    """
+    lost = {id(buffer) for _, buffer in _unsaved_buffers(model)}
+    if not lost:
+        return
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in lost]
+    versions = [tensor._version for tensor in tensors]
+    for tensor in tensors:
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
+    if versions != [tensor._version for tensor in tensors]:
+        raise CheckpointError(
+            f"language model {model.config.model_type!r}: buffers that its checkpoint does not hold cannot be worked "
+            "out without its weights being written over; load it by itself (load_language_model)"
+        )
+
+
+def _unsaved_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"{path}.{name}", buffer)
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
 
 
 def _check_mamba(skeleton: Any, state: Mapping[str, torch.Tensor], where: str, any_shape: bool) -> None:

@@ -351,7 +351,16 @@ def build(config: MambaConfig) -> MambaLM:
 
 
 def load(path: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> MambaLM:
-    """A model with its weights; see `MambaLM.from_pretrained`."""
+    """A model with its weights; see `MambaLM.from_pretrained`.
+
+    Raises:
+        ConfigError: An implementation of attention was asked for.
+    """
+    if options.get("attn_implementation") is not None:
+        raise ConfigError(
+            f"Mamba has no attention, so attn_implementation={options['attn_implementation']!r} "
+            "(model.language.attention) means nothing for it; leave it out"
+        )
     if dtype is not None:
         options["dtype"] = dtype
     model: MambaLM = MambaLM.from_pretrained(path, **options)

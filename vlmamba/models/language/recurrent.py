@@ -8,22 +8,30 @@ Shapes: B batch, L length, T columns in the cache and the input together, D mode
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
-from vlmamba.errors import ShapeError
+from vlmamba.errors import ConfigError, ShapeError
 from vlmamba.models.language.attention import (
     build,
     call_decoder,
     check_cache,
+    check_padded_left,
     layer_kinds,
     load,
     padded_position_ids,
     put_cache,
 )
-from vlmamba.models.language.families import LanguageFamily, LanguageOutput, Verdict
+from vlmamba.models.language.families import LanguageFamily, LanguageOutput, Verdict, family_of, require
 from vlmamba.models.language.head import logits
 
 MEASURED = (
@@ -42,10 +50,14 @@ MEASURED = (
 )
 """Model types whose laws hold but for what is refused below."""
 
-ONE_PART: dict[str, str] = {
-    "jamba": "transformers starts its Mamba layers anew when several tokens follow a cache; run the prompt in one part"
-}
-"""Model types that do not continue a cache with several tokens at once, and why."""
+WITHOUT_PADDING = (
+    "with padding between the parts, states in transformers' cache decay over it; run the prompt in one part, padded "
+    "on the left"
+)
+
+_ANEW = "transformers starts some of its recurrent layers anew when several tokens follow a cache; run it in one part"
+NEVER = {"jamba": _ANEW, "falcon_mamba": _ANEW}
+"""Model types that do not continue a cache with several tokens at all, and why."""
 
 
 class StateCache(DynamicCache):
@@ -53,11 +65,20 @@ class StateCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        self.columns = 0
+        self.columns = self.rows = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of columns seen, the same for all layers."""
         return self.columns
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows only; layers of states know beams alone, which are chosen in the same way."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, in place."""
+        if self.rows:
+            self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -82,6 +103,8 @@ def run(
     if cache is not None:
         check_cache(model, cache, StateCache)
     past = 0 if cache is None else cache.columns
+    if past and length > 1 and model.config.model_type in NEVER:
+        require(family_of(model).continues, model.config, "several tokens onto a cache")
     if attention_mask is None:
         position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
     else:
@@ -90,21 +113,78 @@ def run(
                 f"attention_mask has shape {tuple(attention_mask.shape)} but {model.config.model_type} needs "
                 f"{(batch, past + length)}: {past} cached columns and {length} new ones"
             )
+        if cache is not None and length > 1:
+            check_padded_left(model, attention_mask)
         position_ids = padded_position_ids(attention_mask, length)
         if layer_kinds(model.config) == {"LinearAttentionLayer"}:  # no layer looks at earlier columns
             attention_mask = attention_mask[:, past:]
-    found = call_decoder(
-        model,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        cache=cache,
-        use_cache=use_cache,
-        output_hidden_states=output_hidden_states,
-    )
+    with _clamped_steps(model) if past and length == 1 else nullcontext():
+        found = call_decoder(
+            model,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
     if cache is not None:
-        cache.columns += length
+        cache.columns, cache.rows = past + length, batch
     return found
+
+
+# --- a fault of transformers, mended --------------------------------------------------------------------------
+
+_STEP = "mamba2_selective_state_update"
+_LIMITS: ContextVar[tuple[float, float] | None] = ContextVar("time step limits", default=None)
+
+
+@contextmanager
+def _clamped_steps(model: Any) -> Iterator[None]:
+    """Clamp time steps in decoding, too: transformers' Mamba-2 scan clamps them to its limits, its step does not.
+
+    Raises:
+        ConfigError: The step is no longer where it was.
+    """
+    limits: tuple[float, float] | None = None
+    for mixer in model.modules():
+        found = getattr(mixer, "time_step_limit", None)
+        if found is not None and tuple(found) != (0.0, math.inf):
+            limits = (float(found[0]), float(found[1]))
+            _mend_step(sys.modules[type(mixer).__module__])
+    token = _LIMITS.set(limits)
+    try:
+        yield
+    finally:
+        _LIMITS.reset(token)
+
+
+def _mend_step(module: Any) -> None:
+    """Put a step that knows of limits in the place of a transformers module's own, once."""
+    step = getattr(module, _STEP, None)
+    if step is None:
+        raise ConfigError(
+            f"{module.__name__} has no {_STEP}: its decoding does not clamp time steps as its scan does, and cannot be "
+            "mended in this release of transformers; use_cache=False is exact"
+        )
+    if not hasattr(step, "clamps"):
+        module.__dict__[_STEP] = _clamping(step)
+
+
+def _clamping(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def clamped(
+        state: Any, x: Any, dt: Any, *args: Any, dt_bias: Any = None, dt_softplus: bool = False, **kw: Any
+    ) -> Any:
+        limits = _LIMITS.get()
+        if limits is not None:
+            dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+            dt = (F.softplus(dt) if dt_softplus else dt).clamp(*limits)
+            dt_bias, dt_softplus = None, False
+        return step(state, x, dt, *args, dt_bias=dt_bias, dt_softplus=dt_softplus, **kw)
+
+    clamped.clamps = True  # type: ignore[attr-defined]
+    return clamped
 
 
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
@@ -134,5 +214,5 @@ def family(config: Any) -> LanguageFamily:
         needs_mask_after_prompt=True,
         serves=serves(config),
         packs="its recurrent layers in transformers mix the samples of a row; set data.pack_length none",
-        continues=ONE_PART.get(config.model_type, True),
+        continues=NEVER.get(config.model_type, WITHOUT_PADDING),
     )
