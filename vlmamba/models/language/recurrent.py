@@ -63,6 +63,8 @@ NEVER = {"jamba": _ANEW, "falcon_mamba": _ANEW}
 class StateCache(DynamicCache):
     """transformers' cache, which also counts its columns: layers without keys and values cannot tell."""
 
+    is_compileable = False  # `generate` would prepare masks for a compiled pass, in another form
+
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         self.columns = self.rows = 0
