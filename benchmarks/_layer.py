@@ -107,7 +107,7 @@ def results(run: Callable[[Tensor], Any], module: nn.Module, x: Tensor) -> dict[
 def _backends(shape: tuple[int, int, int], layer: MambaMixer, options: Any) -> list[str]:
     spec = ScanSpec(
         device=options.device, dtype=DTYPES[options.dtype], batch=shape[0], length=shape[1],
-        channels=layer.intermediate_size, state_size=layer.state_size, features=frozenset({"D", "z"}),
+        channels=layer.intermediate_size, state_size=layer.state_size, features=frozenset({"D", "z", "dt_bias"}),
         needs_grad=True,
     )  # fmt: skip
     conv = ScanSpec(

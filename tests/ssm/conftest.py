@@ -115,7 +115,11 @@ def run_with_gradients() -> Callable[..., dict[str, Tensor]]:
 
 @pytest.fixture
 def assert_near() -> Callable[..., None]:
-    """Compares dictionaries of tensors (or two tensors) relative to the largest value of each."""
+    """Compares dictionaries of tensors (or two tensors) relative to the largest value of each.
+
+    Bounds are at least four times the largest error found at any level of processor, compiler and capability of torch:
+    8e-7 in float32, where one rounding is 6e-8, and 4.6e-3 in bfloat16, where one is 2e-3.
+    """
 
     def check(got, want, tolerance: float = 1e-5) -> None:
         if isinstance(got, Tensor):
@@ -134,14 +138,14 @@ def assert_near() -> Callable[..., None]:
 
 @pytest.fixture
 def assert_as_exact_as_float32(run_with_gradients) -> Callable[..., None]:
-    """Holds a backend in float32 against float64: 2e-6 of the largest value of each tensor.
+    """Holds a backend in float32 against float64: `tolerance` of the largest value of each tensor.
 
     A sum whose terms cancel c-fold multiplies the rounding of its terms (2^-24 for each of the handful of operations
-    in front of it) by c, whatever the order. So where c is above ten the bound is 2e-7 of the sum of the terms' sizes,
-    which is that of the gradient when all terms are positive.
+    in front of it) by c, whatever the order. So where c is above ten the bound is a tenth of `tolerance` of the sum of
+    the terms' sizes, which is that of the gradient when all terms are positive.
     """
 
-    def check(inputs: dict[str, Tensor], backend: str, **options) -> None:
+    def check(inputs: dict[str, Tensor], backend: str, *, tolerance: float = 4e-6, **options) -> None:
         inputs = {name: tensor.float().double() for name, tensor in inputs.items()}
         options["return_last_state"] = True
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
@@ -156,7 +160,7 @@ def assert_as_exact_as_float32(run_with_gradients) -> Callable[..., None]:
                 continue
             terms = 0.1 * float(sizes[name].abs().max()) if name in sizes else 0.0
             error = float((got[name] - want[name]).abs().max())
-            allowed = 2e-6 * max(float(want[name].abs().max()), terms)
+            allowed = tolerance * max(float(want[name].abs().max()), terms)
             assert error <= allowed, f"{name}: error {error:.2e}, {allowed:.2e} is allowed"
 
     return check

@@ -91,7 +91,7 @@ def test_layer_is_one_graph(assert_near, compiler):
     mixer = MambaMixer(16, state_size=4)
     x = torch.randn(2, 9, 16)
     leaves = dict(mixer.named_parameters())
-    _compare(lambda: mixer(x), leaves, assert_near, compiler, 2e-6)
+    _compare(lambda: mixer(x), leaves, assert_near, compiler, 4e-6)
 
 
 @torch.no_grad()

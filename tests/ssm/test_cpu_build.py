@@ -76,6 +76,35 @@ def test_a_compiler_that_hangs_is_given_up(fresh, monkeypatch, tmp_path):
 
 
 @needs_compiler
+def test_a_level_is_kept_or_refused(fresh, monkeypatch):
+    monkeypatch.setenv("VLMAMBA_CPU_LEVEL", "v3")
+    assert cpu.available() == (
+        "VLMAMBA_CPU_LEVEL is 'v3'; it must be one of native, x86-64-v2, x86-64-v3, x86-64-v4"
+    )
+    cpu_build.forget()
+    monkeypatch.setenv("VLMAMBA_CPU_LEVEL", "x86-64-v4")
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_build, "_processor", lambda: f"flags : {' '.join(cpu_build.LEVELS['x86-64-v3'])}")
+        assert cpu.available() == (
+            "VLMAMBA_CPU_LEVEL is x86-64-v4, but this processor has no avx512bw, avx512cd, avx512dq, avx512f, "
+            "avx512vl; choose a lower one, or native"
+        )
+    assert not list(fresh.glob("*"))
+
+
+@needs_compiler
+@pytest.mark.skipif(cpu_build.lacking("x86-64-v2") is not None, reason="this is no x86-64-v2 processor")
+def test_each_level_is_a_library_of_its_own(fresh, monkeypatch, capsys):
+    for level in ("", "x86-64-v2"):
+        monkeypatch.setenv("VLMAMBA_CPU_LEVEL", level)
+        cpu_build.forget()
+        assert cpu.available() is True
+    assert len(list(fresh.iterdir())) == 2
+    assert info.run([]) == 0
+    assert "native kernel: 4 numbers a vector, compiled for x86-64-v2" in capsys.readouterr().out
+
+
+@needs_compiler
 def test_a_wrong_kernel_is_not_used(fresh, monkeypatch):
     sources = cpu_build._sources()
     monkeypatch.setattr(

@@ -126,7 +126,7 @@ class TestScan:
             options["seq_idx"] = (torch.rand(2, length) < 0.3).cumsum(1) % 3
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
         got = run_with_gradients(inputs, torch.float32, backend="mamba_ssm", **options)
-        assert_near(got, want, 2e-6)
+        assert_near(got, want, 4e-6)
 
     @pytest.mark.parametrize("dropped", ["D", "z", "dt_bias"])
     @pytest.mark.parametrize("softplus", [True, False])
@@ -139,14 +139,14 @@ class TestScan:
         options = {"seq_idx": segments([5, 6], [1, 10]), "dt_softplus": softplus}
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
         got = run_with_gradients(inputs, torch.float32, backend="mamba_ssm", **options)
-        assert_near(got, want, 2e-6)
+        assert_near(got, want, 4e-6)
 
     def test_a_slow_decay_is_forgotten_too(self, scan_inputs, run_with_gradients, assert_near, segments):
         inputs = scan_inputs(length=12, **NO_STATE)
         inputs["A"] = inputs["A"] * 1e-9
         options = {"seq_idx": segments([5, 7], [2, 10])}
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
-        assert_near(run_with_gradients(inputs, torch.float32, backend="mamba_ssm", **options), want, 2e-6)
+        assert_near(run_with_gradients(inputs, torch.float32, backend="mamba_ssm", **options), want, 4e-6)
 
     @pytest.mark.parametrize("raw", [60.0, -14.0])
     def test_extreme_time_steps(self, scan_inputs, run_with_gradients, assert_near, segments, raw):
@@ -179,7 +179,7 @@ class TestScan:
         options = {"seq_idx": segments([9, 11], [20])} if resets else {}
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
         got = run_with_gradients(inputs, torch.bfloat16, backend="mamba_ssm", **options)
-        assert_near(got, want, 1e-2)
+        assert_near(got, want, 2e-2)
 
     def test_last_state_and_views(self, scan_inputs, assert_near):
         inputs = {name: t.float() for name, t in scan_inputs(length=10, groups=2, **NO_STATE).items()}
@@ -188,8 +188,8 @@ class TestScan:
         options = {"reverse": (False, True), "return_last_state": True}
         y, last = selective_scan(**views, **options, backend="mamba_ssm")
         want, want_last = selective_scan(**inputs, **options, backend="reference")
-        assert_near(y, want, 2e-6)
-        assert_near(last, want_last, 2e-6)
+        assert_near(y, want, 4e-6)
+        assert_near(last, want_last, 4e-6)
 
     @pytest.mark.parametrize(("batch", "length"), [(0, 4), (2, 0)])
     def test_empty(self, scan_inputs, batch, length):
@@ -217,7 +217,7 @@ class TestConv:
             options["return_state"] = True
             want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
             got = run_with_gradients(inputs, torch.float32, backend="mamba_ssm", **options)
-            assert_near(got, want, 2e-6)
+            assert_near(got, want, 4e-6)
 
     def test_a_view_of_the_projection_is_not_copied(self, install):
         seen = []
@@ -244,8 +244,8 @@ def test_step(scan_inputs, assert_near, groups, dropped):
         own = {name: tensor.to(dtype).clone() for name, tensor in arguments.items()}
         states.append(own.pop("initial_state"))
         outputs.append(selective_state_update(states[-1], **own, backend=backend))
-    assert_near(outputs[1].double(), outputs[0], 2e-6)
-    assert_near(states[1].double(), states[0], 2e-6)
+    assert_near(outputs[1].double(), outputs[0], 4e-6)
+    assert_near(states[1].double(), states[0], 4e-6)
 
 
 @pytest.mark.usefixtures("stubs")
@@ -343,7 +343,7 @@ class TestOnTheDevice:
 
     @pytest.mark.parametrize("resets", [False, True])
     @pytest.mark.parametrize(("groups", "reverse"), [(1, False), (1, True), (2, (False, True))])
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
     def test_parity(
         self, scan_inputs, run_with_gradients, assert_near, resets, groups, reverse, dtype, tolerance
     ):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import MambaConfig
 
 from vlmamba.errors import ConfigError, ShapeError
+from vlmamba.models.language import MambaLM, decode
+from vlmamba.ssm import mixer as mixer_module
 from vlmamba.ssm import use_backend
-from vlmamba.ssm.mixer import MambaMixer
+from vlmamba.ssm.mixer import FP32_PARAMETERS, MambaMixer
 from vlmamba.ssm.state import MambaLayerState, MambaState
 
 LENGTH = 13
@@ -163,17 +170,17 @@ def test_activation_checkpointing_gives_the_same_gradients(mixer, x, segments, a
     assert_near(gradients[1], gradients[0], 1e-6)
 
 
+class Holder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixer = MambaMixer(16, state_size=4)
+
+    def forward(self, hidden):
+        return self.mixer(hidden)
+
+
 def test_lora_reaches_every_projection(backend, x):
     peft = pytest.importorskip("peft")
-
-    class Holder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mixer = MambaMixer(16, state_size=4)
-
-        def forward(self, hidden):
-            return self.mixer(hidden)
-
     targets = ["in_proj", "x_proj", "dt_proj", "out_proj"]
     config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
     model = peft.get_peft_model(Holder(), config)
@@ -187,17 +194,127 @@ def test_lora_reaches_every_projection(backend, x):
     assert frozen == []
 
 
-def test_the_time_step_bias_counts_once(mixer, x):
-    seen = []
-    mixer.dt_proj.register_forward_hook(lambda _, inputs, output: seen.append(output))
-    mixer(x)
-    state = _state()
-    with torch.no_grad():
-        mixer(x[:, :1], state=state)
-    assert len(seen) == 2
-    inner = F.silu(mixer.conv1d(mixer.in_proj(x)[..., :32].transpose(1, 2))[..., :LENGTH]).transpose(1, 2)
-    raw = mixer.dt_proj.weight @ mixer.x_proj(inner)[..., :1].transpose(1, 2)
-    torch.testing.assert_close(seen[0], raw.transpose(1, 2) + mixer.dt_proj.bias)
+class TestTimeStepBias:
+    """`dt_proj` leaves its bias out, and the scan and the step add it in fp32, once, whoever wraps the layer."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def recorded(monkeypatch):
+        """The time steps, in fp64, of every scan and step within."""
+        seen = []
+
+        def keep(dt, bias):
+            seen.append(F.softplus(dt.double() if bias is None else dt.double() + bias.double()))
+
+        def recording(function, first):
+            def run(*args, **kwargs):
+                keep(args[first], args[first + 6])
+                return function(*args, **kwargs)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mixer_module, "selective_scan", recording(mixer_module.selective_scan, 1))
+            patch.setattr(
+                mixer_module, "selective_state_update", recording(mixer_module.selective_state_update, 2)
+            )
+            patch.setattr(decode, "StepCall", recording(decode.StepCall, 2))
+            yield seen
+
+    def test_it_counts_once(self, mixer, x, monkeypatch):
+        with self.recorded(monkeypatch) as steps, torch.no_grad():
+            mixer(x)
+            mixer(x[:, :1], state=_state())
+        inner = mixer.conv1d(mixer.in_proj(x)[..., :32].transpose(1, 2))[..., :LENGTH]
+        rank = mixer.x_proj(F.silu(inner).transpose(1, 2))[..., :1]
+        want = F.softplus(F.linear(rank, mixer.dt_proj.weight, mixer.dt_proj.bias)).double()
+        assert len(steps) == 2
+        torch.testing.assert_close(steps[0], want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(steps[1], want[:, 0], rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("how", ["weights", "autocast"])
+    @torch.no_grad()
+    def test_time_steps_in_bfloat16_are_four_times_as_exact_as_their_sum_rounded(self, monkeypatch, how):
+        """Mean relative noise against fp64; that of the rounded sum is the least that a bf16 product could have."""
+        config = MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=4)
+        lm = MambaLM(config).eval()
+        if how == "weights":
+            for name, parameter in lm.named_parameters():
+                if not any(re.search(pattern, name) for pattern in FP32_PARAMETERS):
+                    parameter.data = parameter.data.bfloat16()
+        exact = copy.deepcopy(lm).double()
+        ids = torch.randint(0, 40, (2, 24))
+
+        def run(model, context):
+            with self.recorded(monkeypatch) as steps, context:
+                cache = model(ids[:, :20], use_cache=True).past_key_values
+                for t in range(20, 24):
+                    cache = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+            assert len(steps) == 2 * 5
+            return steps
+
+        want = run(exact, contextlib.nullcontext())
+        half = torch.autocast("cpu", dtype=torch.bfloat16) if how == "autocast" else contextlib.nullcontext()
+        for got, true in zip(run(lm, half), want, strict=True):
+            raw = torch.log(torch.expm1(true)).bfloat16().double()
+            noise, rounded = (((t - true).abs() / true).mean() for t in (got, F.softplus(raw)))
+            assert noise > 0
+            assert 4 * noise < rounded
+
+    def test_a_layer_in_its_place_adds_its_own(self, mixer, x, assert_near):
+        want = mixer(x)
+        plain = torch.nn.Linear(1, 32)
+        plain.load_state_dict(mixer.dt_proj.state_dict())
+        mixer.dt_proj = plain
+        assert_near(mixer(x), want, 4e-6)
+
+    @pytest.mark.parametrize("bias", ["none", "lora_only"])
+    def test_lora_is_a_changed_weight(self, x, assert_near, bias):
+        peft = pytest.importorskip("peft")
+        model = Holder()
+        plain = copy.deepcopy(model.mixer)
+        config = peft.LoraConfig(target_modules=["dt_proj"], r=1, init_lora_weights=False, bias=bias)
+        model = peft.get_peft_model(model, config)
+        layer = model.base_model.model.mixer.dt_proj
+        if bias == "lora_only":
+            with torch.no_grad():
+                layer.bias.add_(1.0)
+                plain.dt_proj.bias.add_(1.0)
+        with torch.no_grad():
+            plain.dt_proj.weight += layer.get_delta_weight("default")
+        got, want = model(x), plain(x)
+        assert_near(got, want, 4e-6)
+        got.square().sum().backward()
+        want.square().sum().backward()
+        if bias == "lora_only":
+            assert_near(layer.bias.grad, plain.dt_proj.bias.grad, 2e-5)
+        else:
+            assert layer.bias.grad is None
+        merged = model.merge_and_unload().mixer
+        assert merged.dt_proj.state_dict().keys() == {"weight", "bias"}
+        assert_near(merged(x), want, 4e-6)
+
+    def test_a_trained_copy_counts(self, x, assert_near):
+        peft = pytest.importorskip("peft")
+        model = Holder()
+        want = model(x)
+        config = peft.LoraConfig(
+            target_modules=["in_proj"], init_lora_weights=True, modules_to_save=["dt_proj"]
+        )
+        model = peft.get_peft_model(model, config)
+        got = model(x)
+        assert_near(got, want, 4e-6)
+        got.square().sum().backward()
+        copied = model.base_model.model.mixer.dt_proj.modules_to_save["default"]
+        assert copied.bias.grad.abs().sum() > 0
+
+    def test_adapters_that_count_on_the_bias_are_refused(self, x):
+        peft = pytest.importorskip("peft")
+        dora = peft.LoraConfig(target_modules=["dt_proj"], use_dora=True)
+        scaled = peft.IA3Config(target_modules=["dt_proj"], feedforward_modules=[])
+        for config in (dora, scaled):
+            with pytest.raises(ConfigError, match=r"dt_proj is wrapped by peft.* only LoRA without DoRA"):
+                peft.get_peft_model(Holder(), config)(x)
 
 
 def test_bfloat16_autocast_and_weights(mixer, x):

@@ -117,8 +117,8 @@ def test_steps_are_whole(inputs, assert_near, backend):
     for t in range(21):
         arguments = {name: tensor[:, t] if name in TIMED else tensor for name, tensor in inputs.items()}
         outputs.append(selective_state_update(state, **arguments))
-    assert_near(torch.stack(outputs, dim=1), want, 1e-6)
-    assert_near(state, last, 1e-6)
+    assert_near(torch.stack(outputs, dim=1), want, 2e-6)
+    assert_near(state, last, 2e-6)
 
 
 @pytest.mark.parametrize("reverse", [True, (True, False)])

@@ -46,21 +46,21 @@ def test_parity_on_the_grid(
     ):
         want = run_with_gradients(inputs, torch.float64, backend="reference", **options, **state)
         got = run_with_gradients(inputs, torch.float32, backend=backend, **options, **state)
-        assert_near(got, want, 2e-6)
+        assert_near(got, want, 4e-6)
 
 
 @pytest.mark.parametrize("dropped", ["D", "z", "dt_bias", "initial_state"])
 def test_parity_without_an_argument(scan_inputs, run_with_gradients, assert_near, backend, dropped):
     inputs = scan_inputs(length=11, **{dropped: False})
     want = run_with_gradients(inputs, torch.float64, backend="reference")
-    assert_near(run_with_gradients(inputs, torch.float32, backend=backend), want, 2e-6)
+    assert_near(run_with_gradients(inputs, torch.float32, backend=backend), want, 4e-6)
 
 
 def test_parity_without_softplus(scan_inputs, run_with_gradients, assert_near, backend):
     inputs = scan_inputs(length=11, dt_bias=False)
     inputs["dt"] = inputs["dt"].abs()
     want = run_with_gradients(inputs, torch.float64, backend="reference", dt_softplus=False)
-    assert_near(run_with_gradients(inputs, torch.float32, backend=backend, dt_softplus=False), want, 2e-6)
+    assert_near(run_with_gradients(inputs, torch.float32, backend=backend, dt_softplus=False), want, 4e-6)
 
 
 @pytest.mark.parametrize(("batch", "channels", "size"), [(1, 40, 16), (3, 64, 8), (5, 6, 1)])
@@ -73,7 +73,7 @@ def test_parity_when_blocks_are_cut(
     options = {"reverse": (True, False), "seq_idx": (torch.rand(batch, 19) < 0.2).cumsum(1)}
     options["state_at"] = torch.randint(0, 19, (batch, 2))
     want = run_with_gradients(inputs, torch.float64, backend="reference", **options)
-    assert_near(run_with_gradients(inputs, torch.float32, backend=backend, **options), want, 2e-6)
+    assert_near(run_with_gradients(inputs, torch.float32, backend=backend, **options), want, 4e-6)
 
 
 @pytest.mark.parametrize("last_state", [False, True])
@@ -98,7 +98,7 @@ def test_extreme_time_steps(
     inputs = scan_inputs(length=33, dt_bias=False)
     inputs["dt"] = raw + 0.1 * inputs["dt"]
     if backend != "triton":
-        return assert_as_exact_as_float32(inputs, backend)
+        return assert_as_exact_as_float32(inputs, backend, tolerance=2e-6 if raw > 0 else 4e-6)
     inputs = {name: tensor.float().double() for name, tensor in inputs.items()}
     want = run_with_gradients(inputs, torch.float64, backend="reference", return_last_state=True)
     got = run_with_gradients(inputs, torch.float32, backend=backend, return_last_state=True)
@@ -159,7 +159,7 @@ def test_half_precision_keeps_float32_states(scan_inputs, run_with_gradients, as
     rounded = {name: tensor.double() for name, tensor in half.items()}
     want_y, want_state = selective_scan(**rounded, return_last_state=True, backend="reference")
     assert_near(state.double(), want_state, 1e-5)
-    assert_near(y.double(), want_y, 5e-3)
+    assert_near(y.double(), want_y, 8e-3)
 
 
 def test_autocast_leaves_the_scan_alone(scan_inputs, backend):

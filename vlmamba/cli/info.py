@@ -43,6 +43,7 @@ def run(words: Sequence[str]) -> int:
     from vlmamba.models.vision import encoders
     from vlmamba.models.vision.presets import PRESETS
     from vlmamba.ssm import explain
+    from vlmamba.ssm.backends import cpu_library
 
     print(f"vlmamba {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"  {sys.executable}")
@@ -61,6 +62,7 @@ def run(words: Sequence[str]) -> int:
         print("  cuda: none")
     print("\nselective scan")
     print(_indent(explain()))
+    print(f"  native kernel: {cpu_library.describe()}")
     for title, names in (
         ("connectors", CONNECTORS.names()),
         ("encoder families", encoders.names()),

@@ -99,6 +99,9 @@ def _mixer(
     assert isinstance(mixed, Tensor)
     u = _activation(ACTIVATIONS[mixer.hidden_act], mixed)
     dt, B, C = (t.detach() for t in mixer._time_step_and_matrices(u))
-    y = selective_scan(u, dt, mixer.decay(), B, C, mixer.D, gate.detach(), seq_idx=seq_idx, reverse=reverse)
+    bias = mixer.time_step_bias()
+    y = selective_scan(
+        u, dt, mixer.decay(), B, C, mixer.D, gate.detach(), bias, seq_idx=seq_idx, reverse=reverse
+    )
     assert isinstance(y, Tensor)
     return mixer.out_proj(y)

@@ -110,12 +110,14 @@ def scan_parts(
     x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
     u = mixer._convolve(x, seq_idx=seq_idx, initial_state=None, reverse=reverse)
     dt, B, C = mixer._time_step_and_matrices(u)
+    bias = mixer.time_step_bias()
+    dt = dt if bias is None else dt + bias
     segments = None
     if seq_idx is not None:
         changes = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long(), (1, 0))
         segments = changes.cumsum(1)
     A, D = (p.to(u.dtype) for p in (mixer.decay(), mixer.D))
-    return ScanParts(u, F.softplus(dt), A, B, C, D, F.silu(z), segments, reverse)
+    return ScanParts(u, F.softplus(dt).to(u.dtype), A, B, C, D, F.silu(z), segments, reverse)
 
 
 def mixer_contributions(mixer: MambaMixer, parts: ScanParts, targets: Sequence[int]) -> Iterator[Tensor]:

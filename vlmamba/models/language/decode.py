@@ -72,7 +72,7 @@ class _LayerStep:
             C.unsqueeze(1),
             self.mixer.D,
             gate,
-            None,
+            self.mixer.time_step_bias(),
             True,
         )
         if self.step is None:
@@ -102,7 +102,7 @@ class _LayerStep:
             batch=call.u.shape[0],
             channels=call.u.shape[1],
             state_size=call.A.shape[1],
-            features=frozenset({"D", "z"}),
+            features=frozenset({"D", "z"} if call.dt_bias is None else {"D", "z", "dt_bias"}),
         )
         chosen = choose_backend(spec).step
         assert chosen is not None

@@ -1,7 +1,7 @@
 """Compiles the native CPU kernel on first use, keeps it in a cache folder and loads it.
 
 The cache folder is $VLMAMBA_CACHE, by default ~/.cache/vlmamba. A library there is named after everything it
-depends on (source, flags, compiler, processor), ends with a digest of itself, and is put in place by one
+depends on (source, flags, compiler, level, processor), ends with a digest of itself, and is put in place by one
 rename; so several processes may build at once and a damaged file is noticed and built again.
 """
 
@@ -28,13 +28,20 @@ from vlmamba.ssm.registry import forget_choices
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "VLMAMBA_CACHE"
+LEVEL_VARIABLE = "VLMAMBA_CPU_LEVEL"
+NATIVE = "native"
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 300.0
 """Seconds a compiler may take; it needs two or three, but the machine may be busy."""
 
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-w")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w")
 _EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 """Tried in this order, until the compiler accepts one."""
+_V2 = ("cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3")
+_V3 = (*_V2, "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave")
+_V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+LEVELS = {"x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4}
+"""Levels of the x86-64 psABI (section 3.1.1), and what /proc/cpuinfo says of a processor that has them."""
 _DIGEST = hashlib.sha256().digest_size
 
 Library = ctypes.CDLL
@@ -90,6 +97,37 @@ def find_compiler() -> list[str]:
     raise _BuildError(f"no C++ compiler found (tried {tried}); install one, or set CXX")
 
 
+def level() -> str:
+    """What the kernel is compiled for: $VLMAMBA_CPU_LEVEL, one of `LEVELS`, or "native", this very processor."""
+    return os.environ.get(LEVEL_VARIABLE, "").strip() or NATIVE
+
+
+def lacking(level: str) -> str | None:
+    """What this processor lacks for a level, in words; None when it lacks nothing."""
+    lines = [line.partition(":") for line in _processor().splitlines()]
+    have = {flag for name, _, flags in lines if name.strip() == "flags" for flag in flags.split()}
+    missing = [flag for flag in LEVELS[level] if flag not in have]
+    return f"this processor has no {', '.join(missing)}" if missing else None
+
+
+def _extras() -> tuple[tuple[str, ...], ...]:
+    """The flags that go with the level, in the order in which they are tried.
+
+    Raises:
+        _BuildError: There is no such level, or the processor does not have it.
+    """
+    wanted = level()
+    if wanted == NATIVE:
+        return _EXTRAS
+    if wanted not in LEVELS:
+        known = ", ".join((NATIVE, *LEVELS))
+        raise _BuildError(f"{LEVEL_VARIABLE} is {wanted!r}; it must be one of {known}")
+    trouble = lacking(wanted)
+    if trouble is not None:
+        raise _BuildError(f"{LEVEL_VARIABLE} is {wanted}, but {trouble}; choose a lower one, or {NATIVE}")
+    return (f"-march={wanted}", "-fopenmp"), (f"-march={wanted}",)
+
+
 def _build_and_load(check: Callable[[Library], str | None]) -> Library:
     compiler = find_compiler()
     sources = _sources()
@@ -126,8 +164,8 @@ def _key(compiler: list[str], sources: dict[str, bytes]) -> str:
     stat = Path(compiler[0]).resolve().stat()
     digest = hashlib.sha256()
     for part in (
-        repr((sources, _FLAGS, _EXTRAS, compiler, stat.st_size, stat.st_mtime_ns)),
-        repr((platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability())),
+        repr((sources, _FLAGS, _extras(), compiler, stat.st_size, stat.st_mtime_ns)),
+        repr((platform.system(), platform.machine())),
         _processor(),
     ):
         digest.update(part.encode())
@@ -140,7 +178,7 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
     except OSError:
-        return platform.processor()
+        return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
     return "\n".join(line for line in lines if line.startswith(wanted))
 
 
@@ -151,7 +189,7 @@ def _compile(compiler: list[str], sources: dict[str, bytes]) -> bytes:
             (Path(folder) / name).write_bytes(text)
         out = Path(folder) / "scan.so"
         trouble = ""
-        for extras in _EXTRAS:
+        for extras in _extras():
             command = [*compiler, *_FLAGS, *extras, str(Path(folder) / "scan.cpp"), "-o", str(out)]
             try:
                 done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)

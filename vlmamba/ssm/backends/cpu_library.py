@@ -32,6 +32,14 @@ def available() -> Verdict:
     return loaded if isinstance(loaded, str) else True
 
 
+def describe() -> str:
+    """The kernel in words: its vectors and what it is compiled for."""
+    verdict = available()
+    if verdict is not True:
+        return f"none: {verdict}"
+    return f"{library().vlmamba_scan_lanes()} numbers a vector, compiled for {cpu_build.level()}"
+
+
 def _prepare(loaded: ctypes.CDLL) -> str | None:
     """Declare the functions of a library just loaded, and try them: None, or what is wrong."""
     from vlmamba.ssm.backends import cpu_conv, cpu_scan, cpu_step

@@ -63,16 +63,17 @@ void backward_tile(const Chunk &chunk, int64_t size, int64_t n, const BlockWork 
     for (int i = 0; i < TILE; ++i) {
       const Step &step = tile.steps[t * TILE + i];
       const float b = B.p[n + i], c = C.p[n + i];
-      dh[i] += inner * c;
-      tile.sums[(2 * t + 1) * TILE + i] += inner * h[i];
-      tile.sums[2 * t * TILE + i] += dh[i] * input;
-      d_input += dh[i] * b;
-      y += h[i] * c;
+      V &dC = tile.sums[(2 * t + 1) * TILE + i], &dB = tile.sums[2 * t * TILE + i];
+      dh[i] = fused(inner, c, dh[i]);
+      dC = fused(inner, h[i], dC);
+      dB = fused(dh[i], input, dB);
+      d_input = fused(dh[i], b, d_input);
+      y = fused(h[i], c, y);
       dh[i] *= step.decay;
       h[i] = step.before;
       const V exponent = dh[i] * (reset ? V{} : h[i]);
-      d_delta += exponent * A[i];
-      dA[i] += exponent * delta;
+      d_delta = fused(exponent, A[i], d_delta);
+      dA[i] = fused(exponent, delta, dA[i]);
     }
     if (reset)
       for (int i = 0; i < TILE; ++i) dh[i] = V{};
@@ -104,7 +105,7 @@ static inline void backward_open(const Arguments &a, const Plan &plan, const Uni
       if (z) {
         const V gate = load(z + d, lanes);
         const Sigmoid s = sigmoid(gate);
-        w.gate[t] = inner * s.value * (1.0f + gate * s.rest);
+        w.gate[t] = inner * s.value * fused(gate, s.rest, 1.0f);
         inner *= gate * s.value;
         soon(z + d + ahead * a.z_step);
       }
@@ -130,17 +131,17 @@ static inline void backward_close(const Arguments &a, const Plan &plan, const Un
       const int lanes = unit.lanes(plan, k);
       const int64_t out = (unit.row * a.length + token) * a.channels + d;
       const V u = load(all_u + d, lanes);
-      const V d_raw = (w.d_delta[t] * LN2 + w.d_input[t] * u) * w.slope[t];
+      const V d_raw = fused(w.d_delta[t], LN2, w.d_input[t] * u) * w.slope[t];
       store(a.ddt + out, d_raw, lanes);
       V du = w.d_input[t] * w.delta[t], y = w.y[t];
       if (a.D) {
         const V skip = load(a.D + d, lanes);
-        du += w.inner[t] * skip, y += u * skip;
+        du = fused(w.inner[t], skip, du), y = fused(u, skip, y);
       }
       store(a.du + out, du, lanes);
       if (a.z) store(a.dz + out, w.gate[t] * y, lanes);
       *w.dbias += d_raw;
-      *w.dD += w.inner[t] * u;
+      *w.dD = fused(w.inner[t], u, *w.dD);
     }
   }
 }

@@ -74,10 +74,10 @@ static inline V preactivation(const ConvArguments &a, const float *x, int64_t d,
   if (TAPS && reach == TAPS) {
 #pragma GCC unroll 4
     for (int s = 0; s < TAPS; ++s)
-      sum += load(a.weight + s * a.channels + d, lanes) * load(x - s * a.direction() * a.x_step, lanes);
+      sum = fused(load(a.weight + s * a.channels + d, lanes), load(x - s * a.direction() * a.x_step, lanes), sum);
   } else {
     for (int s = 0; s < reach; ++s)
-      sum += load(a.weight + s * a.channels + d, lanes) * load(x - s * a.direction() * a.x_step, lanes);
+      sum = fused(load(a.weight + s * a.channels + d, lanes), load(x - s * a.direction() * a.x_step, lanes), sum);
   }
   return sum;
 }
@@ -129,14 +129,14 @@ void conv_backward_unit(const ConvArguments &a, int64_t unit, V *g) {
         if (a.silu) {
           const V before = preactivation<TAPS>(a, x + d, d, reaches[i], lanes);
           const Sigmoid s = sigmoid(before);
-          grad *= s.value * (1.0f + before * s.rest);
+          grad *= s.value * fused(before, s.rest, 1.0f);
         }
         g[i * CONV_BLOCKS + k] = grad;
         if (i >= tile.tokens) continue;
         const int reach = reaches[i];
         for (int s = 0; s < reach; ++s) {
           V *sum = (V *)(sums + s * padded + d);
-          *sum += grad * load(x + d - s * a.direction() * a.x_step, lanes);
+          *sum = fused(grad, load(x + d - s * a.direction() * a.x_step, lanes), *sum);
         }
         *(V *)(sums + taps * padded + d) += grad;
       }
@@ -150,7 +150,7 @@ void conv_backward_unit(const ConvArguments &a, int64_t unit, V *g) {
 #pragma GCC unroll 4
         for (int s = 0; s < taps; ++s)
           if (reaches[i + s] > s)
-            out += load(a.weight + s * a.channels + d, lanes) * g[(i + s) * CONV_BLOCKS + k];
+            out = fused(load(a.weight + s * a.channels + d, lanes), g[(i + s) * CONV_BLOCKS + k], out);
         store(dx + d, out, lanes);
       }
     }

@@ -19,7 +19,7 @@ void forward_tile(const Chunk &chunk, int64_t size, int64_t n, V *state, const V
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) {
       h[i] = fused(decay_over<false>(now, rate[i]), h[i], x * B.p[n + i]);
-      out += h[i] * C.p[n + i];
+      out = fused(h[i], C.p[n + i], out);
     }
     y[t] = out;
     if (chunk.flags[t] & ASKED)
@@ -76,7 +76,7 @@ static inline void forward_close(const Arguments &a, const Plan &plan, const Uni
       const int64_t d = unit.channel(plan, k);
       const int lanes = unit.lanes(plan, k);
       V out = w.y[t];
-      if (a.D) out += load(a.D + d, lanes) * load(u + d, lanes);
+      if (a.D) out = fused(load(a.D + d, lanes), load(u + d, lanes), out);
       if (z) {
         const V gate = load(z + d, lanes);
         out *= gate * sigmoid(gate).value;

@@ -11,6 +11,8 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define VLM_X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -34,7 +36,38 @@ constexpr float LOG2E = 1.44269504088896341f, LOG2E_REST = 1.92596299e-8f;  // l
 constexpr float LN2 = 0.693147180559945309f;
 constexpr float MOST_RATE = 1.09951163e12f, MOST_EXPONENT = 2.81474977e14f;  // 2^40, 2^48
 
-static inline V splat(float x) { return V{} + x; }
+static inline V splat(float x) { return x - V{}; }
+static inline V splat(V x) { return x; }
+
+// a b + c of vectors or numbers, rounded once where the processor can, else twice. Files are compiled with
+// -ffp-contract=off: a sum of products rounds as it is written, whatever a compiler makes of the loop around it, so
+// that two paths to one number agree bit for bit. Every sum of products that is to be fast goes through here.
+template <class X, class Y, class Z>
+static inline V fused(X a, Y b, Z c) {
+#if VLM_AVX512
+  return (V)_mm512_fmadd_ps((__m512)splat(a), (__m512)splat(b), (__m512)splat(c));
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (V)_mm256_fmadd_ps((__m256)splat(a), (__m256)splat(b), (__m256)splat(c));
+#elif defined(__FMA__)
+  return (V)_mm_fmadd_ps((__m128)splat(a), (__m128)splat(b), (__m128)splat(c));
+#elif defined(__aarch64__)
+  return (V)vfmaq_f32((float32x4_t)splat(c), (float32x4_t)splat(a), (float32x4_t)splat(b));
+#else
+#define VLM_ROUNDS_TWICE 1
+  return splat(a) * splat(b) + splat(c);
+#endif
+}
+
+// a b - k for a k near the product, which is not rounded before.
+static inline V product_less(V a, V b, V k) {
+#if VLM_ROUNDS_TWICE
+  const V high_a = (V)((IV)a & -4096), low_a = a - high_a;  // 12 bits each: products of two halves are exact
+  const V high_b = (V)((IV)b & -4096), low_b = b - high_b;
+  return (high_a * high_b - k) + (high_a * low_b + low_a * high_b) + low_a * low_b;
+#else
+  return fused(a, b, -k);
+#endif
+}
 
 // The first `count` numbers at p; the other lanes are zero.
 static inline V load(const float *p, int count) {
@@ -129,32 +162,21 @@ static inline V times_power(V p, V k) {
 
 // 2^r = 1 + r q(r) for r in [-1/2, 1/2], with q fitted for the smallest relative error: 9e-8. 2^0 is exactly 1.
 static inline V power(V r) {
-  V p = r * 0.00132651199f + 0.00967149986f;
-  p = p * r + 0.055507323f;
-  p = p * r + 0.240222424f;
-  p = p * r + 0.693146979f;
-  return p * r + 1.0f;
+  V p = fused(r, 0.00132651199f, 0.00967149986f);
+  p = fused(p, r, 0.055507323f);
+  p = fused(p, r, 0.240222424f);
+  p = fused(p, r, 0.693146979f);
+  return fused(p, r, 1.0f);
 }
 
 // The same to 2e-9.
 static inline V fine_power(V r) {
-  V p = r * 0.00015353362f + 0.0013398875f;
-  p = p * r + 0.00961843692f;
-  p = p * r + 0.0555033237f;
-  p = p * r + 0.240226477f;
-  p = p * r + 0.693147182f;
-  return p * r + 1.0f;
-}
-
-// a b + c, rounded once where the processor can.
-static inline V fused(V a, V b, V c) {
-#if VLM_AVX512
-  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
+  V p = fused(r, 0.00015353362f, 0.0013398875f);
+  p = fused(p, r, 0.00961843692f);
+  p = fused(p, r, 0.0555033237f);
+  p = fused(p, r, 0.240226477f);
+  p = fused(p, r, 0.693147182f);
+  return fused(p, r, 1.0f);
 }
 
 // x, or the nearest number of the size `most` at most; NaN stays NaN.
@@ -170,13 +192,13 @@ static inline V decay_over(V time, V rate) {
   const V magic = splat(12582912.0f);
   V k = fused(time, rate, magic) - magic;
 #if VLM_AVX512
-  V r = fused(time, rate, -k);
+  V r = product_less(time, rate, k);
   if (ANY) r = (V)_mm512_range_ps((__m512)r, _mm512_set1_ps(1.0f), 0x02);  // the one nearer to zero
 #else
   const V least = splat(-127.0f), most = splat(128.0f);
   k = k < least ? least : k;
   k = k > most ? most : k;
-  const V r = clamp(fused(time, rate, -k), splat(1.0f));
+  const V r = clamp(product_less(time, rate, k), splat(1.0f));
 #endif
   return times_power(power(r), k);
 }
@@ -186,15 +208,15 @@ static inline V exp_minus_abs(V x) {
   const V low = splat(-88.0f), magic = splat(12582912.0f);
   x = x > 0.0f ? -x : x;
   x = x < low ? low : x;
-  const V k = fused(x, splat(LOG2E), magic) - magic;
-  return times_power(fine_power(fused(x, splat(LOG2E_REST), fused(x, splat(LOG2E), -k))), k);
+  const V k = fused(x, LOG2E, magic) - magic;
+  return times_power(fine_power(fused(x, LOG2E_REST, product_less(x, splat(LOG2E), k))), k);
 }
 
 // 1 / x for x in [1, 3]; a division takes the processor four times as long.
 static inline V inverse(V x) {
 #if VLM_AVX512
   const V guess = (V)_mm512_rcp14_ps((__m512)x);
-  return guess + guess * (1.0f - x * guess);
+  return fused(guess, fused(-x, guess, 1.0f), guess);
 #else
   return 1.0f / x;
 #endif
@@ -203,10 +225,10 @@ static inline V inverse(V x) {
 // log(1 + e) for e in [0, 1], by 2 artanh(e / (2 + e)).
 static inline V log1p_unit(V e) {
   const V s = e * inverse(e + 2.0f), q = s * s;
-  V p = q * 0.281783348f + 0.279606032f;
-  p = p * q + 0.400249102f;
-  p = p * q + 0.666663147f;
-  p = p * q + 2.0f;
+  V p = fused(q, 0.281783348f, 0.279606032f);
+  p = fused(p, q, 0.400249102f);
+  p = fused(p, q, 0.666663147f);
+  p = fused(p, q, 2.0f);
   return p * s;
 }
 

@@ -43,9 +43,9 @@ static inline void step_block(const StepArguments &a, int64_t row, int64_t group
     }
     for (int i = lanes; i < LANES; ++i) h[i] = V{};
     turn(h);
-    for (int i = 0; i < count; ++i) y += h[i] * C[n + i];
+    for (int i = 0; i < count; ++i) y = fused(h[i], C[n + i], y);
   }
-  if (a.D) y += load(a.D + d, lanes) * u;
+  if (a.D) y = fused(load(a.D + d, lanes), u, y);
   if (a.z) {
     const V z = load(a.z + row * a.z_row + d, lanes);
     y *= z * sigmoid(z).value;
