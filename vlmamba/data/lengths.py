@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -98,7 +99,10 @@ def compute_lengths(
     if kept is not None and len(kept) == len(dataset):
         return LengthTable(kept)
     chunks: Iterable[np.ndarray] = DataLoader(
-        _Chunks(dataset), batch_size=None, num_workers=num_workers, shuffle=False
+        _Chunks(dataset),
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # its own: else dropout would depend on whether the rows had been measured
     )
     values = np.zeros((len(dataset), 4), dtype=np.int32)
     with tqdm(total=len(dataset), desc="measuring rows", unit="row", disable=not progress) as bar:

@@ -1,4 +1,4 @@
-"""Connectors: shapes, the laws of the scans and of local attention, options, errors."""
+"""Connectors: laws of the scans and of local attention, starts, options, errors."""
 
 import math
 
@@ -28,23 +28,6 @@ def test_every_registered_connector_is_tested_here():
     assert CONNECTORS.names() == sorted(TINY_OPTIONS)
 
 
-@pytest.mark.parametrize("name", sorted(TINY_OPTIONS))
-def test_shapes_and_gradients(name):
-    connector = build(name)
-    out = connector(features())
-    assert out.shape == (2, connector.num_tokens, 16)
-    out.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
-
-
-@pytest.mark.parametrize("name", sorted(TINY_OPTIONS))
-def test_images_do_not_see_each_other(name):
-    connector, x = build(name), features(batch=3)
-    torch.testing.assert_close(
-        connector(x), torch.cat([connector(row[None]) for row in x]), atol=1e-6, rtol=1e-5
-    )
-
-
 @pytest.mark.parametrize("name", ["vss-mlp", "vss-l2"])
 @pytest.mark.parametrize("scan", ["bsm", "csm"])
 @pytest.mark.parametrize("merge", ["sum", "mean"])
@@ -66,32 +49,7 @@ def test_cross_scan_commutes_with_transposition(name):
     assert not torch.allclose(bsm(transpose(x)), transpose(bsm(x)), atol=1e-4)
 
 
-@pytest.mark.parametrize("scan", ["forward", "backward"])
-def test_one_direction_is_causal_in_its_own_sense(scan):
-    connector, x = build("vss-l2", scan=scan), features()
-    y = x.clone()
-    y[:, 7] += 1
-    moved = (connector(x) - connector(y)).abs().sum((0, 2)) > 1e-7
-    assert moved.tolist() == [(i >= 7) if scan == "forward" else (i <= 7) for i in range(16)]
-
-
-@pytest.mark.parametrize("scan", ["bsm", "csm", "forward", "backward"])
-def test_shared_directions_in_one_call_equal_one_layer_a_direction(scan):
-    shared, separate = build("vss-l2", scan=scan), build("vss-l2", scan=scan, share_weights=False)
-    state = {k: v for k, v in shared.state_dict().items() if ".mixers." not in k}
-    for direction in separate.vss.mixers:
-        for key, value in shared.vss.mixers["shared"].state_dict().items():
-            state[f"vss.mixers.{direction}.{key}"] = value
-    separate.load_state_dict(state)
-    torch.testing.assert_close(shared(features()), separate(features()), atol=1e-6, rtol=1e-5)
-
-
-def test_scan_may_change_after_training():
-    connector, one_way = build("vss-l2", scan="bsm"), build("vss-l2", scan="forward")
-    one_way.load_state_dict(connector.state_dict())
-    connector.set_scan("forward")
-    assert torch.equal(connector(features()), one_way(features()))
-    assert connector.options["scan"] == "forward"
+def test_scan_in_front_of_qmamba_may_change():
     qmamba = build("qmamba")
     qmamba.set_scan("backward")
     assert qmamba.pre.vss.scan == "backward"
@@ -122,39 +80,14 @@ def test_the_papers_figure_has_four_queries_and_nine_keys():
     assert [index[i][valid[i]].tolist() for i in range(4)] == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [6, 7, 8]]
 
 
-@pytest.mark.parametrize("attention", ["local", "global"])
-def test_at_depth_one_local_queries_see_their_window_alone(attention):
-    connector = build("qmamba", depth=1, pre=None, pre_options=None, attention=attention, num_queries=6)
+def test_at_depth_one_local_queries_see_their_window_alone():
+    connector = build("qmamba", depth=1, pre=None, pre_options=None, num_queries=6)
     x = features()
     y = x.clone()
     y[:, 3] += 1
     moved = (connector(x) - connector(y)).abs().sum((0, 2)) > 1e-7
     index, valid = local_windows(6, 16)
-    sees = [3 in index[i][valid[i]].tolist() for i in range(6)]
-    assert moved.tolist() == (sees if attention == "local" else [True] * 6)
-
-
-def test_local_attention_over_one_window_is_global_attention():
-    local, everything = (build("qmamba", num_queries=1, attention=a) for a in ("local", "global"))
-    everything.load_state_dict(local.state_dict())
-    torch.testing.assert_close(local(features()), everything(features()), atol=1e-6, rtol=1e-5)
-
-
-def test_queries_are_mixed_causally():
-    connector = build("qmamba", depth=1, pre=None, pre_options=None)
-    before = connector(features())
-    with torch.no_grad():
-        connector.queries[3] += 1
-    moved = (connector(features()) - before).abs().sum((0, 2)) > 1e-7
-    assert moved.tolist() == [i >= 3 for i in range(6)]
-
-
-@pytest.mark.parametrize("pre", [None, "mlp", "vss-mlp", "vss-l2"])
-@pytest.mark.parametrize("ffn", [True, False])
-def test_qmamba_with_any_connector_in_front(pre, ffn):
-    connector = build("qmamba", pre=pre, pre_options=None, ffn=ffn)
-    assert connector(features()).shape == (2, 6, 16)
-    assert any(".ffn." in n for n, _ in connector.named_parameters()) == ffn
+    assert moved.tolist() == [3 in index[i][valid[i]].tolist() for i in range(6)]
 
 
 def test_qmamba_starts_from_a_mamba_language_model_by_name():
