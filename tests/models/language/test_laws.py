@@ -1,6 +1,7 @@
 """Every family of language models holds the laws or says no: packed, padded, split, stepped, reloaded."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,17 @@ def test_what_is_not_exact_is_refused_where_it_is_built(model_type, tmp_path):
     tiny_config(model_type).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="is refused"):
         load_language_model(tmp_path)
+
+
+def test_the_page_says_what_the_code_does():
+    page = Path(__file__).parents[3] / "docs" / "backbones.md"
+    rows = [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(TINY_FAMILIES)
+    for name, *cells in rows:
+        model_type = name.strip("`")
+        refused = set(NAMES) if model_type in REFUSED else expected(model_type)
+        words = {law: cell.split()[0] for law, cell in zip(NAMES, cells, strict=True)}
+        assert words == {law: "refused" if law in refused else "exact" for law in NAMES}
 
 
 def test_the_laws_find_what_is_wrong(monkeypatch):
