@@ -22,7 +22,8 @@ from torch import Tensor
 from vlmamba.data.images import open_image
 from vlmamba.errors import DataError, ImageError
 from vlmamba.evaluation.task import Sample, StoredImage, fetch_image, image_first
-from vlmamba.models.language import language_family
+from vlmamba.models.language import family_of
+from vlmamba.models.language.versions import cache_of
 
 
 class Question(NamedTuple):
@@ -116,7 +117,7 @@ def run_prompts(model: Any, processor: Any, questions: Sequence[Question]) -> Pr
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     mask = inputs["attention_mask"]
     assert mask is not None
-    prompted = Prompted(output.past_key_values, mask, output.logits[:, -1])
+    prompted = Prompted(cache_of(output), mask, output.logits[:, -1])
     if len(heads) < len(questions):
         prompted = prompted.select(torch.tensor(owners, device=mask.device))
     rest = [q.input_ids[cut:] for q, cut in zip(questions, cuts, strict=True)]
@@ -132,7 +133,7 @@ def _run_rest(model: Any, prompted: Prompted, rest: Sequence[Sequence[int]]) -> 
     output = model(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=prompted.cache,
+        cache=prompted.cache,
         use_cache=True,
         logits_to_keep=1,  # with a mask: each row's last real token
     )
@@ -168,7 +169,7 @@ def generate_answers(
 ) -> list[Reply]:
     """Greedy answers to a batch of questions: the tokens that `model.generate` gives without sampling."""
     ends = _end_ids(model, processor)
-    needs_mask = language_family(model.config.text_config).needs_mask_after_prompt
+    needs_mask = family_of(model.language_model).needs_mask_after_prompt
     written: list[list[int]] = [[] for _ in questions]
     with evaluating(model), torch.inference_mode():
         now = run_prompts(model, processor, questions)
@@ -188,7 +189,7 @@ def generate_answers(
             output = model(
                 input_ids=chosen[:, None],
                 attention_mask=mask if needs_mask else None,
-                past_key_values=now.cache,
+                cache=now.cache,
                 use_cache=True,
                 logits_to_keep=0,
             )

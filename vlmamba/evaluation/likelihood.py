@@ -113,7 +113,7 @@ def _continue(model: Any, prompted: Prompted, options: Sequence[Sequence[int]]) 
     logits: Tensor = model(
         input_ids=ids,
         attention_mask=torch.cat([prompted.mask, real], dim=1),
-        past_key_values=prompted.cache,
+        cache=prompted.cache,
         use_cache=True,
     ).logits
     return logits

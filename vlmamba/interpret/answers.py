@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmamba.errors import CheckpointError, DataError
 from vlmamba.models.builder import export_directory, load_model
-from vlmamba.models.language import apply_head, run_language_model
+from vlmamba.models.language import language_logits, run_language_model
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor
 
@@ -138,5 +138,5 @@ def run_from_features(
     places = (ids == model.config.image_token_id).unsqueeze(-1)
     embeds = model.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
-    hidden, _ = run_language_model(model.language_model, inputs_embeds=embeds)
-    return visual, apply_head(model.language_model.get_output_embeddings(), hidden).float()
+    hidden = run_language_model(model.language_model, inputs_embeds=embeds).hidden
+    return visual, language_logits(model.language_model, hidden)

@@ -1,23 +1,36 @@
 """Models: encoders, connectors, language models, and the vision-language model made of them.
 
-Importing this package registers vlmamba with transformers' Auto classes (`AutoConfig`,
+Importing this package registers vlmamba with transformers' Auto classes (`AutoConfig`, `AutoModel`,
 `AutoModelForImageTextToText`, `AutoImageProcessor`, `AutoProcessor`).
 """
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from vlmamba.models.configuration import VLMambaConfig
 from vlmamba.models.image_processing import VLMambaImageProcessor
-from vlmamba.models.modeling import VLMambaForConditionalGeneration
+from vlmamba.models.modeling import VLMambaForConditionalGeneration, VLMambaModel
 from vlmamba.models.processing import VLMambaProcessor
 
 AutoConfig.register(VLMambaConfig.model_type, VLMambaConfig, exist_ok=True)
+AutoModel.register(VLMambaConfig, VLMambaModel, exist_ok=True)
 AutoModelForImageTextToText.register(VLMambaConfig, VLMambaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(VLMambaConfig, VLMambaProcessor, exist_ok=True)
 AutoImageProcessor.register(
     VLMambaConfig, image_processor_classes={"pil": VLMambaImageProcessor}, exist_ok=True
 )
 
-__all__ = ["VLMambaConfig", "VLMambaForConditionalGeneration", "VLMambaImageProcessor", "VLMambaProcessor"]
+__all__ = [
+    "VLMambaConfig",
+    "VLMambaForConditionalGeneration",
+    "VLMambaImageProcessor",
+    "VLMambaModel",
+    "VLMambaProcessor",
+]

@@ -28,6 +28,7 @@ class VLMambaConfig(PreTrainedConfig):
     model_type = "vlmamba"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - transformers' own attribute
     has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ("cache", "past_key_values")  # what a Trainer's evaluation does not gather
 
     def __init__(
         self,
@@ -56,6 +57,10 @@ class VLMambaConfig(PreTrainedConfig):
             kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False)))
             for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
                 kwargs.setdefault(name, getattr(text_config, name))
+            # transformers' constructor hands these on to the language model's config, which a ready model shares:
+            # None would take its causal mask away.
+            for name in ("attn_implementation", "experts_implementation"):
+                kwargs.setdefault(name, getattr(text_config, f"_{name}", None))
         super().__init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:

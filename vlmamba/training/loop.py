@@ -227,7 +227,9 @@ def accumulate_gradients(run: Training, step: Step, supervised: int) -> torch.Te
         last = index == len(step.micro_batches) - 1
         with run.parallel.accumulate(run.model, last=last):
             with autocast(run.config.precision, run.parallel.device):
-                output = run.model(**inputs_of(batch, run.parallel.device), num_items=supervised)
+                output = run.model(
+                    **inputs_of(batch, run.parallel.device), num_items=supervised, logits_to_keep=None
+                )
             run.parallel.backward(output.loss)
         losses.append(output.loss.detach().float())
     return torch.stack(losses)

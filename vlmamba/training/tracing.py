@@ -15,13 +15,14 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmamba.models.language import run_language_model
+from vlmamba.models.language import language_logits, run_language_model
 from vlmamba.models.language.loss import summed_loss
 from vlmamba.ssm.registry import use_backend
 from vlmamba.training.flops import counting
@@ -144,7 +145,7 @@ def _run(model: Any, shape: StepShape, precision: str, memory: _Memory) -> None:
     ids = torch.zeros(shape.rows, shape.length, dtype=torch.long)
     size = model.vision_tower.image_size
     pixels = torch.empty(max(shape.images, 1), model.vision_tower.num_channels, size, size)
-    mask: dict[str, Tensor] = (
+    mask: dict[str, Any] = (
         {"seq_idx": torch.zeros(shape.rows, shape.length, dtype=torch.int32)}
         if shape.packed
         else {"attention_mask": torch.ones(shape.rows, shape.length, dtype=torch.long)}
@@ -157,14 +158,14 @@ def _run(model: Any, shape: StepShape, precision: str, memory: _Memory) -> None:
         embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
         memory.phase_in_backward("images backward", embeds)
         memory.phase("language")
-        hidden, _ = run_language_model(model.language_model, inputs_embeds=embeds, **mask, use_cache=False)
+        hidden = run_language_model(model.language_model, inputs_embeds=embeds, **mask).hidden
         memory.phase_in_backward("language backward", hidden)
         del visual, places, embeds
         memory.trace.activations = memory.live
         memory.phase("loss")
         index = torch.zeros(shape.supervised, dtype=torch.long)
         rows, targets = hidden.flatten(0, 1)[index], index
-        loss = summed_loss(rows, targets, model.get_output_embeddings())
+        loss = summed_loss(rows, targets, partial(language_logits, model.language_model))
         del hidden, rows
     memory.phase("loss backward")
     loss.backward()

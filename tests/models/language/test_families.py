@@ -12,10 +12,12 @@ from vlmamba.models.language import (
     MambaLM,
     build_language_model,
     language_family,
+    language_logits,
     load_language_model,
     prepare_generation_cache,
     run_language_model,
 )
+from vlmamba.models.language.versions import CACHE
 
 LENGTHS = (4, 11, 7)
 
@@ -54,9 +56,9 @@ def test_the_config_decides(config):
 
 
 def test_head_of_hidden_states_is_the_models_logits(model, ids):
-    hidden, cache = run_language_model(model, inputs_embeds=embed(model, ids))
-    assert cache is None
-    torch.testing.assert_close(model.get_output_embeddings()(hidden), model(ids).logits)
+    output = run_language_model(model, inputs_embeds=embed(model, ids))
+    assert output.cache is None
+    torch.testing.assert_close(language_logits(model, output.hidden), model(ids).logits)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -66,19 +68,19 @@ def test_batch_equals_singles_and_decodes_on(model, ids, side):
     for row, n in enumerate(LENGTHS):
         where = slice(0, n) if side == "right" else slice(11 - n, None)
         rows[row, where], mask[row, where] = ids[row, :n], 1
-    hidden, cache = run_language_model(
+    hidden, cache, _ = run_language_model(
         model, inputs_embeds=embed(model, rows), attention_mask=mask, use_cache=True
     )
     step = torch.tensor([[5], [6], [7]])
     longer = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
-    after, again = run_language_model(
-        model, inputs_embeds=embed(model, step), attention_mask=longer, past_key_values=cache
+    after, again, _ = run_language_model(
+        model, inputs_embeds=embed(model, step), attention_mask=longer, cache=cache
     )
     assert again is cache
     assert cache.get_seq_length() == 12
     for row, n in enumerate(LENGTHS):
         text = torch.cat([ids[row : row + 1, :n], step[row : row + 1]], dim=1)
-        alone, _ = run_language_model(model, inputs_embeds=embed(model, text))
+        alone = run_language_model(model, inputs_embeds=embed(model, text)).hidden
         torch.testing.assert_close(hidden[row][mask[row] == 1], alone[0, :n], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(after[row, 0], alone[0, n], atol=1e-5, rtol=1e-5)
 
@@ -87,11 +89,11 @@ def test_packed_equals_separate(model, ids):
     row = torch.cat([ids[i, :n] for i, n in enumerate(LENGTHS)] + [torch.tensor([9, 9])])[None]
     seq_idx = torch.repeat_interleave(torch.tensor([0, 1, 2, -1]), torch.tensor([*LENGTHS, 2]))[None].int()
     embeds = embed(model, row).detach().requires_grad_()
-    packed, _ = run_language_model(
+    packed = run_language_model(
         model, inputs_embeds=embeds, seq_idx=seq_idx, attention_mask=(seq_idx >= 0).long()
-    )
+    ).hidden
     singles = [
-        run_language_model(model, inputs_embeds=embed(model, ids[i : i + 1, :n]))[0]
+        run_language_model(model, inputs_embeds=embed(model, ids[i : i + 1, :n])).hidden
         for i, n in enumerate(LENGTHS)
     ]
     torch.testing.assert_close(packed[0, :22], torch.cat(singles, dim=1)[0], atol=1e-5, rtol=1e-5)
@@ -106,15 +108,13 @@ def test_bad_packing(ids, config):
     embeds = embed(llama, ids)
     with pytest.raises(ShapeError, match=r"seq_idx has shape \(3, 4\) but the input is \(3, 11\)"):
         run_language_model(llama, inputs_embeds=embeds, seq_idx=torch.zeros(3, 4))
-    _, cache = run_language_model(llama, inputs_embeds=embeds, use_cache=True)
+    _, cache, _ = run_language_model(llama, inputs_embeds=embeds, use_cache=True)
     with pytest.raises(ShapeError, match="cache of 11 tokens"):
-        run_language_model(llama, inputs_embeds=embeds, seq_idx=torch.zeros(3, 11), past_key_values=cache)
+        run_language_model(llama, inputs_embeds=embeds, seq_idx=torch.zeros(3, 11), cache=cache)
     with pytest.raises(ShapeError, match=r"needs \(3, 22\): 11 cached columns and 11 new ones"):
-        run_language_model(
-            llama, inputs_embeds=embeds, attention_mask=torch.ones(3, 11), past_key_values=cache
-        )
+        run_language_model(llama, inputs_embeds=embeds, attention_mask=torch.ones(3, 11), cache=cache)
     llama.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ConfigError, match="attn_implementation='flash_attention_2' does not take; load"):
+    with pytest.raises(ConfigError, match="flash_attention_2' takes no block-diagonal mask; set model.language"):
         run_language_model(llama, inputs_embeds=embeds, seq_idx=torch.zeros(3, 11))
 
 
@@ -125,10 +125,10 @@ def test_generation_caches(config):
     ):
         kwargs: dict = {}
         prepare_generation_cache(model, GenerationConfig(), kwargs)
-        assert type(kwargs["past_key_values"]) is kind
-        kept = kwargs["past_key_values"]
+        assert type(kwargs[CACHE]) is kind
+        kept = kwargs[CACHE]
         prepare_generation_cache(model, GenerationConfig(), kwargs)
-        assert kwargs["past_key_values"] is kept
+        assert kwargs[CACHE] is kept
         off: dict = {}
         prepare_generation_cache(model, GenerationConfig(use_cache=False), off)
         assert off == {}

@@ -227,7 +227,7 @@ def test_tuple_output(lm, ids):
         ),
         (
             {"input_ids": torch.ones(1, 4).long(), "past_key_values": object()},
-            "past_key_values is a object but MambaLM continues a MambaCache",
+            "the cache is a object but MambaLM continues a MambaCache",
         ),
     ],
 )

@@ -41,11 +41,15 @@ class MambaCache:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (
+        False,
+    )  # it knows how many columns it has seen, which `generate` asks caches of keys alone for
 
     def __init__(self, *, cuda_graphs: bool = False) -> None:
         self.state: MambaState | None = None
         self.cuda_graphs = cuda_graphs
         self._columns = 0
+        self._is_user_defined = False
         self._step: DecodeStep | GraphedStep | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

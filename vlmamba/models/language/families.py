@@ -1,9 +1,10 @@
 """The small interface through which the vision-language model uses any language model.
 
-Shapes: B batch, L length, D model width.
+Shapes: B batch, L length, D model width, V vocabulary.
 
-A family is chosen by the config's `model_type` alone: "mamba" is our `MambaLM`, everything else any causal
-language model of transformers. A new family is one file with a `FAMILY` object and one line in `FAMILIES`.
+A family is what language models of one kind can do exactly, and it says no to the rest. It is chosen by the config's
+`model_type`: the entry of that name in `FAMILIES`, else "attention" if all of the model's layers are attention. A new
+family is one file with a `FAMILY` object and one line below.
 """
 
 from __future__ import annotations
@@ -11,43 +12,86 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from vlmamba.errors import ConfigError
 from vlmamba.registry import Registry
+
+Verdict = bool | str
+"""True, or why not and what to do instead, in words for the user."""
+
+
+class LanguageOutput(NamedTuple):
+    """What a language model makes of embedded tokens, below its head.
+
+    Attributes:
+        hidden: (B, L, D) after the last norm; `language_logits` makes logits of them.
+        cache: What a later call goes on from, or None.
+        layers: Hidden states of every layer, if they were asked for.
+    """
+
+    hidden: torch.Tensor
+    cache: Any = None
+    layers: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageFamily:
-    """What a kind of language model must be able to do.
+    """What a language model of some kind can do, and what it does exactly.
 
     Attributes:
         build: Config -> model with random weights.
         load: Directory or hub id, dtype, and further keyword arguments of `from_pretrained` -> model.
-        run: Embedded tokens -> hidden states and cache; see `run_language_model`.
+        run: Embedded tokens -> `LanguageOutput`; see `run_language_model`.
+        logits: Model, hidden states (..., D) -> logits (..., V), through all that the family does behind its last
+            norm (soft caps, scalings).
         prepare_cache: Puts an empty cache into the keyword arguments of `generate`; see
             `prepare_generation_cache`.
         stateful: Whether the cache is a state that cannot be cropped.
         needs_mask_after_prompt: Whether decoding steps need the mask of the earlier columns.
+        serves: Whether it can be used at all.
+        packs: Whether samples packed into one row (`seq_idx`) are exactly those samples alone.
+        pads: Whether padded rows, on either side, are exactly the rows alone.
+        continues: Whether several tokens at once may go onto a cache.
     """
 
     build: Callable[[Any], Any]
     load: Callable[..., Any]
-    run: Callable[..., tuple[torch.Tensor, Any]]
+    run: Callable[..., LanguageOutput]
+    logits: Callable[[Any, torch.Tensor], torch.Tensor]
     prepare_cache: Callable[[Any, Any, dict[str, Any]], None]
     stateful: bool
     needs_mask_after_prompt: bool
+    serves: Verdict = True
+    packs: Verdict = True
+    pads: Verdict = True
+    continues: Verdict = True
 
 
-FAMILIES: Registry[LanguageFamily] = Registry("language model family")
-FAMILIES.add("mamba", "vlmamba.models.language.mamba:FAMILY")
-FAMILIES.add("causal_lm", "vlmamba.models.language.causal_lm:FAMILY")
+FAMILIES: Registry[Callable[[Any], LanguageFamily]] = Registry("language model family")
+FAMILIES.add("mamba", "vlmamba.models.language.mamba:family")
+FAMILIES.add("attention", "vlmamba.models.language.attention:family")
+FAMILIES.add("recurrent", "vlmamba.models.language.recurrent:family")
 
 
 def language_family(config: Any) -> LanguageFamily:
-    """The family of a transformers config."""
-    return FAMILIES.get("mamba" if config.model_type == "mamba" else "causal_lm")
+    """The family of a transformers config: the entry of its `model_type`, else that of its kind of layers."""
+    from vlmamba.models.language.attention import keeps_states
+
+    if config.model_type in FAMILIES.names():
+        return FAMILIES.get(config.model_type)(config)
+    return FAMILIES.get("recurrent" if keeps_states(config) else "attention")(config)
+
+
+def family_of(model: Any) -> LanguageFamily:
+    """The family of a language model, looked up once for each implementation of attention that it is given."""
+    key = getattr(model.config, "_attn_implementation", None)
+    known: dict[Any, LanguageFamily] = model.__dict__.setdefault("_language_families", {})
+    if key not in known:
+        known[key] = language_family(model.config)
+    return known[key]
 
 
 def build_language_model(config: Any) -> Any:
@@ -55,8 +99,11 @@ def build_language_model(config: Any) -> Any:
 
     Args:
         config: A transformers config; its `model_type` decides.
+
+    Raises:
+        ConfigError: No family can serve it exactly.
     """
-    return language_family(config).build(config)
+    return _serving(config).build(config)
 
 
 def load_language_model(path: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> Any:
@@ -71,11 +118,12 @@ def load_language_model(path: str | Path, dtype: torch.dtype | str | None = None
     Raises:
         MissingFileError: No such directory, or files are missing in it.
         CheckpointError: The weights do not fit the config.
+        ConfigError: No family can serve it exactly.
     """
     from vlmamba.models.language.loading import model_options, read_config, resolve_directory
 
     directory = resolve_directory(path, **options)
-    return language_family(read_config(directory)).load(directory, dtype, **model_options(options))
+    return _serving(read_config(directory)).load(directory, dtype, **model_options(options))
 
 
 def run_language_model(
@@ -84,12 +132,11 @@ def run_language_model(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     use_cache: bool | None = None,
-) -> tuple[torch.Tensor, Any]:
+    output_hidden_states: bool = False,
+) -> LanguageOutput:
     """Hidden states of embedded tokens, whatever the language model is.
-
-    The logits are ``model.get_output_embeddings()`` of them.
 
     Args:
         model: A model of `build_language_model` or `load_language_model`.
@@ -97,33 +144,67 @@ def run_language_model(
         attention_mask: (B, >= L), 0 at padding on either side; with a cache it may cover the earlier columns
             too, and for a transformer it must.
         seq_idx: (B, L) sample index within packed rows; samples do not see each other.
-        past_key_values: Cache of an earlier call, continued and updated in place.
+        cache: Of an earlier call, continued and updated in place.
         use_cache: Whether to return a cache; by default only when one is given.
-
-    Returns:
-        Hidden states after the final norm (B, L, D), and the cache or None.
+        output_hidden_states: Also return the hidden states of every layer.
 
     Raises:
         ShapeError: Inputs that do not fit together.
+        ConfigError: The family cannot do this exactly.
     """
-    return language_family(model.config).run(
+    family = family_of(model)
+    if seq_idx is not None:
+        require(family.packs, model.config, "packed rows (seq_idx)")
+    if family.pads is not True and attention_mask is not None and bool((attention_mask == 0).any()):
+        require(family.pads, model.config, "padded rows")
+    if family.continues is not True and inputs_embeds.shape[1] > 1 and _has_tokens(cache):
+        require(family.continues, model.config, "several tokens onto a cache")
+    return family.run(
         model,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         seq_idx=seq_idx,
-        past_key_values=past_key_values,
-        use_cache=past_key_values is not None if use_cache is None else use_cache,
+        cache=cache,
+        use_cache=cache is not None if use_cache is None else use_cache,
+        output_hidden_states=output_hidden_states,
     )
+
+
+def language_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) in fp32 of hidden states (..., D), as the language model's own forward pass makes them."""
+    return family_of(model).logits(model, hidden).float()
 
 
 def prepare_generation_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """What a model that contains `model` does in `_prepare_cache_for_generation`.
 
-    Puts an empty cache of the right kind under "past_key_values" unless there is one or `use_cache` is False.
+    Puts an empty cache of the right kind under transformers' own name for it (`versions.CACHE`), unless there is one
+    or `use_cache` is False.
 
     Args:
         model: The language model.
         generation_config: The generation config `generate` hands over.
         model_kwargs: The keyword arguments `generate` collects; changed in place.
     """
-    language_family(model.config).prepare_cache(model, generation_config, model_kwargs)
+    family_of(model).prepare_cache(model, generation_config, model_kwargs)
+
+
+def require(verdict: Verdict, config: Any, wish: str) -> None:
+    """Raise unless a family can do something exactly.
+
+    Raises:
+        ConfigError: With the family's reason.
+    """
+    if verdict is not True:
+        raise ConfigError(f"language model {config.model_type!r}: {wish} would not be exact: {verdict}")
+
+
+def _serving(config: Any) -> LanguageFamily:
+    family = language_family(config)
+    if family.serves is not True:
+        raise ConfigError(f"language model {config.model_type!r} is refused: {family.serves}")
+    return family
+
+
+def _has_tokens(cache: Any) -> bool:
+    return cache is not None and bool(getattr(cache, "is_initialized", True))

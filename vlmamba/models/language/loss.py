@@ -5,14 +5,18 @@ Shapes: B batch, L length, D model width, n supervised positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import nn
 
 from vlmamba.errors import ShapeError
 
 IGNORE_INDEX = -100
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Hidden states (..., D) to logits (..., V): a module, or `families.language_logits` of a model."""
 
 
 def supervised_positions(
@@ -47,7 +51,7 @@ def supervised_positions(
 
 def next_token_loss(
     hidden: torch.Tensor,
-    head: nn.Module,
+    head: Head,
     labels: torch.Tensor,
     *,
     attention_mask: torch.Tensor | None = None,
@@ -88,7 +92,7 @@ def next_token_loss(
 
 
 def summed_loss(
-    rows: torch.Tensor, targets: torch.Tensor, head: nn.Module, *, chunk_rows: int = 4096
+    rows: torch.Tensor, targets: torch.Tensor, head: Head, *, chunk_rows: int = 4096
 ) -> torch.Tensor:
     """Sum of the cross entropies of (n, D) hidden states; see `next_token_loss`."""
     if rows.shape[0] <= chunk_rows:
@@ -108,7 +112,7 @@ def loss_from_logits(
     """As `next_token_loss`, from logits (B, L, V) that exist already."""
     return next_token_loss(
         logits,
-        nn.Identity(),
+        lambda rows: rows,
         labels,
         attention_mask=attention_mask,
         seq_idx=seq_idx,
@@ -117,19 +121,19 @@ def loss_from_logits(
     )
 
 
-def _summed(rows: torch.Tensor, targets: torch.Tensor, head: nn.Module) -> torch.Tensor:
+def _summed(rows: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     logits = apply_head(head, rows)
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
-def _checkpointed(rows: torch.Tensor, targets: torch.Tensor, head: nn.Module) -> torch.Tensor:
+def _checkpointed(rows: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     summed: torch.Tensor = torch.utils.checkpoint.checkpoint(
         _summed, rows, targets, head, use_reentrant=False
     )
     return summed
 
 
-def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def apply_head(head: Head, hidden: torch.Tensor) -> torch.Tensor:
     """Logits in fp32, whatever the dtypes of the hidden states and of the head."""
     weight = getattr(head, "weight", None)
     if isinstance(weight, torch.Tensor):

@@ -23,9 +23,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vlmamba.errors import ConfigError, ShapeError
 from vlmamba.models.language.blocks import MambaBackbone, RMSNorm
 from vlmamba.models.language.cache import MambaCache, RealFirst, keep_rows_without_tokens
-from vlmamba.models.language.families import LanguageFamily
+from vlmamba.models.language.families import LanguageFamily, LanguageOutput
 from vlmamba.models.language.loading import load_mamba
 from vlmamba.models.language.loss import apply_head, loss_from_logits, next_token_loss, select_rows
+from vlmamba.models.language.versions import CACHE, cache_of, one_cache
 from vlmamba.ssm.mixer import FP32_PARAMETERS, MambaMixer
 
 
@@ -35,8 +36,8 @@ class MambaLMOutput(CausalLMOutputWithPast):
 
     @property
     def cache_params(self) -> MambaCache | None:
-        """The cache under the name transformers' Mamba uses."""
-        cache: MambaCache | None = self.past_key_values
+        """The cache under the name that transformers' Mamba had for it."""
+        cache: MambaCache | None = cache_of(self)
         return cache
 
 
@@ -198,6 +199,7 @@ class MambaLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: MambaCache | None = None,
     ) -> MambaLMOutput | tuple[Any, ...]:
         """Run the model.
 
@@ -207,8 +209,8 @@ class MambaLM(PreTrainedModel, GenerationMixin):
                 too.
             inputs_embeds: (B, L, D).
             seq_idx: (B, L) sample index within packed rows; nothing passes from one sample to the next.
-            past_key_values: Cache to continue; updated in place.
-            cache_params: Another name for `past_key_values`.
+            past_key_values: Another name for `cache`.
+            cache_params: Another name for `cache`.
             labels: (B, L), -100 where unsupervised; shifted inside.
             use_cache: Return a cache. By default `config.use_cache` when neither training nor recording
                 gradients.
@@ -218,9 +220,11 @@ class MambaLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: Also return the hidden states of every block.
             output_attentions: There are none; only False is accepted.
             return_dict: False for a plain tuple.
+            cache: Of an earlier call, to continue; updated in place.
 
         Returns:
-            `loss`, `logits` (fp32), `past_key_values`, `hidden_states`; those that were not asked for are
+            `loss`, `logits` (fp32), the cache (`past_key_values`; `cache` from transformers 5.24 on) and
+            `hidden_states`; those that were not asked for are
             None.
 
         Raises:
@@ -230,11 +234,10 @@ class MambaLM(PreTrainedModel, GenerationMixin):
             raise ShapeError("pass exactly one of input_ids and inputs_embeds")
         if output_attentions:
             raise ShapeError("Mamba has no attention weights to output; leave output_attentions unset")
-        if past_key_values is None:
-            past_key_values = cache_params
+        given = one_cache({"cache": cache, "past_key_values": past_key_values, "cache_params": cache_params})
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embeddings(input_ids)
-        cache = self.cache_for(past_key_values, use_cache)
+        cache = self.cache_for(given, use_cache)
         hidden, collected = self.run_backbone(
             inputs_embeds,
             attention_mask=attention_mask,
@@ -257,7 +260,8 @@ class MambaLM(PreTrainedModel, GenerationMixin):
                 loss = loss_from_logits(logits, labels, **of_rows)
             else:
                 loss = next_token_loss(hidden, self.lm_head, labels, **of_rows)
-        output = MambaLMOutput(loss=loss, logits=logits, past_key_values=cache, hidden_states=collected)
+        fields: dict[str, Any] = {"loss": loss, "logits": logits, CACHE: cache, "hidden_states": collected}
+        output = MambaLMOutput(**fields)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
@@ -271,8 +275,8 @@ class MambaLM(PreTrainedModel, GenerationMixin):
             return MambaCache() if wanted else None
         if not isinstance(cache, MambaCache):
             raise ShapeError(
-                f"past_key_values is a {type(cache).__name__} but MambaLM continues a MambaCache; "
-                "pass the past_key_values that an earlier call returned, or none"
+                f"the cache is a {type(cache).__name__} but MambaLM continues a MambaCache; "
+                "pass the cache that an earlier call returned, or none"
             )
         return cache
 
@@ -280,7 +284,6 @@ class MambaLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: MambaCache | None = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -299,16 +302,17 @@ class MambaLM(PreTrainedModel, GenerationMixin):
             raise ShapeError(
                 "generate continues rows, not packed samples: pass them as padded rows, without seq_idx"
             )
+        cache = one_cache(kwargs)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             use_cache=use_cache,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
-        if use_cache and past_key_values is not None and not is_first_iteration:
+        if use_cache and cache is not None and not is_first_iteration:
             inputs["attention_mask"] = None
         return inputs
 
@@ -320,7 +324,7 @@ class MambaLM(PreTrainedModel, GenerationMixin):
 
 
 def prepare_mamba_cache(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """Give `generate` a `MambaCache` under `past_key_values`, unless it has one or wants none.
+    """Give `generate` a `MambaCache`, unless it has one or wants none.
 
     Raises:
         ConfigError: `cuda_graphs` without a cache.
@@ -328,17 +332,17 @@ def prepare_mamba_cache(generation_config: Any, model_kwargs: dict[str, Any]) ->
     cuda_graphs = bool(model_kwargs.pop("cuda_graphs", False))
     if cuda_graphs and generation_config.use_cache is False:
         raise ConfigError("cuda_graphs=True records steps on a cache; leave use_cache on")
-    given = model_kwargs.pop("cache_params", None)
-    if model_kwargs.get("past_key_values") is None and given is not None:
-        model_kwargs["past_key_values"] = given
-    if generation_config.use_cache is False:
-        return
-    if model_kwargs.get("past_key_values") is None:
-        model_kwargs["past_key_values"] = MambaCache(cuda_graphs=cuda_graphs)
-    else:
-        cache = model_kwargs["past_key_values"]
-        cache._is_user_defined = True
-        cache.cuda_graphs = cuda_graphs or cache.cuda_graphs
+    given = one_cache(model_kwargs)
+    if given is not None:
+        if not isinstance(given, MambaCache):
+            raise ShapeError(
+                f"the cache is a {type(given).__name__} but Mamba continues a MambaCache; pass the cache that an "
+                "earlier call returned, or none"
+            )
+        given._is_user_defined = True
+        given.cuda_graphs = cuda_graphs or given.cuda_graphs
+    if given is not None or generation_config.use_cache is not False:
+        model_kwargs[CACHE] = MambaCache(cuda_graphs=cuda_graphs) if given is None else given
 
 
 def build(config: MambaConfig) -> MambaLM:
@@ -360,24 +364,38 @@ def run(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
-    past_key_values: MambaCache | None,
+    cache: MambaCache | None,
     use_cache: bool,
-) -> tuple[torch.Tensor, MambaCache | None]:
+    output_hidden_states: bool,
+) -> LanguageOutput:
     """See `families.run_language_model`."""
-    cache = model.cache_for(past_key_values, use_cache)
-    hidden, _ = model.run_backbone(inputs_embeds, attention_mask=attention_mask, seq_idx=seq_idx, cache=cache)
-    return hidden, cache
+    cache = model.cache_for(cache, use_cache)
+    hidden, collected = model.run_backbone(
+        inputs_embeds,
+        attention_mask=attention_mask,
+        seq_idx=seq_idx,
+        cache=cache,
+        output_hidden_states=output_hidden_states,
+    )
+    return LanguageOutput(hidden, cache, collected)
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     prepare_mamba_cache(generation_config, model_kwargs)
 
 
-FAMILY = LanguageFamily(
-    build=build,
-    load=load,
-    run=run,
-    prepare_cache=_prepare_cache,
-    stateful=True,
-    needs_mask_after_prompt=False,
-)
+def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return apply_head(model.lm_head, hidden)
+
+
+def family(config: MambaConfig) -> LanguageFamily:
+    """Mamba can do everything."""
+    return LanguageFamily(
+        build=build,
+        load=load,
+        run=run,
+        logits=_logits,
+        prepare_cache=_prepare_cache,
+        stateful=True,
+        needs_mask_after_prompt=False,
+    )

@@ -1,0 +1,60 @@
+"""Packed rows as transformers writes them: positions that start anew.
+
+Shapes: B rows, L length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmamba.errors import ShapeError
+from vlmamba.models.language.attention import padded_position_ids
+
+
+def segments_of_positions(
+    position_ids: Tensor | None, attention_mask: Tensor | None, seq_idx: Tensor | None, cache: Any, rows: int
+) -> Tensor | None:
+    """The samples (`seq_idx`) that positions tell of.
+
+    Args:
+        position_ids: (B, L), or (1, L) for all rows.
+        attention_mask: (B, L); then positions must be those of its real tokens.
+        seq_idx: Given ones, which say it already.
+        cache: With one, positions go on and are not looked at.
+        rows: B.
+
+    Returns:
+        `seq_idx` (B, L), or None where every row is one sample.
+
+    Raises:
+        ShapeError: The positions are neither those of whole rows nor of packed samples.
+    """
+    if position_ids is None or cache is not None:
+        return seq_idx
+    position_ids = position_ids.expand(rows, -1)
+    first = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
+    starts = torch.cat([first, position_ids[:, 1:] != position_ids[:, :-1] + 1], dim=1)
+    if seq_idx is None and attention_mask is None:
+        if bool((position_ids[starts] != 0).any()) or bool((position_ids[:, 0] != 0).any()):
+            raise ShapeError(
+                "position_ids must count from 0 in every sample; vlmamba's positions follow from the mask, seq_idx or "
+                "the cache, and cannot be set otherwise"
+            )
+        return starts.cumsum(dim=1).to(torch.int32) if bool(starts.any()) else None
+    if seq_idx is not None:
+        changes = torch.cat([first, seq_idx[:, 1:] != seq_idx[:, :-1]], dim=1)
+        fits = torch.equal(changes, starts)
+    else:
+        assert attention_mask is not None
+        wanted = padded_position_ids(attention_mask, position_ids.shape[1])
+        real = attention_mask[:, -position_ids.shape[1] :] != 0
+        fits = bool(((position_ids == wanted) | ~real).all())
+    if not fits:
+        raise ShapeError(
+            f"position_ids do not fit {'seq_idx' if seq_idx is not None else 'attention_mask'}: positions follow from "
+            "it here, so leave position_ids out"
+        )
+    return seq_idx
