@@ -17,5 +17,5 @@ for versions in "$@"; do
     esac
     printf '\n== %s versions: ' "$versions"
     python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-    python -m pytest -n "${PYTEST_WORKERS:-2}" -q tests/{models,training,checkpoints,evaluation,integrations}
+    python -m pytest -n "${PYTEST_WORKERS:-2}" -q tests/{models,training,checkpoints,evaluation,integrations,data/test_huggingface.py}
 done
