@@ -1,13 +1,17 @@
-"""The repository's own rules: import direction, light import, wheel contents, no machine's paths, short scripts."""
+"""The repository's own rules: import direction, light import, wheel, no machine's paths, short scripts, versions."""
 
 import ast
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted((ROOT / "vlmamba").rglob("*.py"))
@@ -186,3 +190,50 @@ def test_scripts_are_short_launchers(path):
         line for line in path.read_text().split("\n") if line.strip() and not line.lstrip().startswith("#")
     ]
     assert len(lines) <= 25
+
+
+# Libraries whose interior the code relies on (an untried release may break it), and what the README calls them.
+INTERIOR = {
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "open-clip-torch": "open_clip",
+    "peft": "peft",
+    "torch": "PyTorch",
+    "transformers": "transformers",
+    "trl": "TRL",
+}
+
+
+def requirements(project, extras):
+    """What vlmamba with these extras asks of others; an extra may name extras."""
+    for text in project["dependencies"] + [r for e in extras for r in project["optional-dependencies"][e]]:
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:
+            yield from requirements({**project, "dependencies": []}, requirement.extras)
+        else:
+            yield requirement
+
+
+def pins(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").split()
+    return {canonicalize_name(n): Version(v) for n, v in (line.split("==") for line in lines)}
+
+
+def test_versions_that_are_allowed_were_tried():
+    """Each range of pyproject.toml begins at constraints-lowest.txt and ends at constraints.txt: both are tested."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest, newest = pins("constraints-lowest.txt"), pins("constraints.txt")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    interior = set()
+    for requirement in requirements(project, ["dev"]):
+        name = canonicalize_name(requirement.name)
+        bounds = {s.operator: Version(s.version) for s in requirement.specifier}
+        assert lowest[name] == bounds.get(">=", lowest[name]), f"{requirement}: {lowest[name]} is tried"
+        assert newest[name] in requirement.specifier, f"{requirement}: {newest[name]} is tried"
+        if name in INTERIOR:
+            interior.add(name)
+            after = Version(f"{newest[name].major}.{newest[name].minor + 1}")
+            assert bounds["<"] == after, f"{requirement}: the newest that is tried is {newest[name]}"
+            ends = dict.fromkeys((str(bounds[">="]), f"{newest[name].major}.{newest[name].minor}"))
+            assert f"{INTERIOR[name]} {' to '.join(ends)}" in readme
+    assert interior == set(INTERIOR)

@@ -46,7 +46,7 @@ def test_the_launcher_runs_their_program_with_our_model(vlmeval, checkpoint, pic
     ]
     assert main(words) == 0
     assert sys.argv == before
-    answer, _, arguments = (tmp_path / "out").read_text().rpartition("\n")
+    answer, _, arguments = (tmp_path / "out").read_bytes().decode().rpartition("\n")
     assert arguments == "--data POPE --model ours"
     model, processor = load_model(checkpoint)
     text = "Where?\nA. top\nB. left\nAnswer with the option's letter from the given choices directly."

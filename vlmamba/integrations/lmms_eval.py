@@ -1,4 +1,4 @@
-"""vlmamba in lmms-eval (0.7 and later), unmodified: ``lmms_eval --model vlmamba --model_args pretrained=runs/NAME``.
+"""vlmamba in lmms-eval (0.7 and later), unmodified: ``lmms-eval --model vlmamba --model_args pretrained=runs/NAME``.
 
 lmms-eval finds `manifests` through the entry point group ``lmms_eval.models`` (its registry_v2.py). The two classes are
 made when lmms-eval asks for them, since their base class is lmms-eval's: `VLMambaChat` for tasks that give messages,
