@@ -108,9 +108,15 @@ def test_counts_that_differ_are_named(processor):
         processor(images=PICTURE, text="none")
 
 
-def test_truncation_is_refused(processor):
-    with pytest.raises(ConfigError, match="does not take 'truncation'"):
-        processor(text="a", truncation=True)
+def test_nothing_is_ever_cut(processor):
+    long = "USER: what is it? " * 20
+    length = len(processor(text=long)["input_ids"][0])
+    for options in ({"truncation": True, "max_length": length - 1}, {"max_length": length - 1}):
+        with pytest.raises(ConfigError, match=rf"row 1 has {length} tokens, more than max_length={length - 1}"):
+            processor(text=["a", long], **options)
+    fits = processor(text=["a", long], truncation=True, max_length=length)
+    free = processor(text=["a", long], truncation=False, max_length=length - 1)
+    assert fits["input_ids"] == free["input_ids"] == processor(text=["a", long])["input_ids"]
 
 
 def test_continue_final_message_leaves_the_answer_open(processor):
