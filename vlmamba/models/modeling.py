@@ -34,7 +34,7 @@ from vlmamba.models.language import (
 )
 from vlmamba.models.language.loss import next_token_loss, select_rows
 from vlmamba.models.language.versions import CACHE, one_cache
-from vlmamba.models.positions import segments_of_positions
+from vlmamba.models.positions import check_boundaries, segments_of_positions
 from vlmamba.models.vision import build_vision_encoder
 from vlmamba.models.vision.base import VisionEncoder
 from vlmamba.ssm.mixer import FP32_PARAMETERS
@@ -95,6 +95,8 @@ class VLMambaPreTrainedModel(PreTrainedModel):
             **config.connector_config.get("options", {}),
         )
         self.language_model = language_model or build_language_model(config.text_config)
+        # The language model's attention is the whole's: what TRL loads a reference model with.
+        config._attn_implementation = self.language_model.config._attn_implementation
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -207,16 +209,17 @@ class VLMambaModel(VLMambaPreTrainedModel):
         Returns:
             `last_hidden_state` (B, L, D), after the language model's last norm, the cache and `hidden_states`.
         """
-        _refuse_unknown(kwargs)
         cache = one_cache({"cache": cache, "past_key_values": past_key_values})
+        rows, length = _shape(input_ids, inputs_embeds)
+        seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, rows)
+        check_boundaries(kwargs, seq_idx, rows, length)
+        _refuse_unknown(kwargs)
         hidden, filled, layers = self._hidden_states(
             input_ids,
             pixel_values,
             attention_mask,
             inputs_embeds,
-            segments_of_positions(
-                position_ids, attention_mask, seq_idx, cache, _rows(input_ids, inputs_embeds)
-            ),
+            seq_idx,
             cache,
             use_cache,
             output_hidden_states,
@@ -301,10 +304,11 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             ShapeError: Inputs do not fit together.
             ConfigError: The language model cannot do this exactly.
         """
-        _refuse_unknown(kwargs)
         cache = one_cache({"cache": cache, "past_key_values": past_key_values})
-        rows = _rows(input_ids, inputs_embeds)
+        rows, length = _shape(input_ids, inputs_embeds)
         seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, rows)
+        check_boundaries(kwargs, seq_idx, rows, length)
+        _refuse_unknown(kwargs)
         hidden, filled, layers = self._hidden_states(
             input_ids,
             pixel_values,
@@ -408,10 +412,11 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         super().save_pretrained(str(Path(save_directory)), **kwargs)
 
 
-def _rows(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+def _shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
     if (input_ids is None) == (inputs_embeds is None):
         raise ShapeError("give either input_ids or inputs_embeds, and not both")
-    return (inputs_embeds if input_ids is None else input_ids).shape[0]  # type: ignore[union-attr]
+    rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
+    return rows, length
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
