@@ -34,6 +34,7 @@ from vlmamba.models.language import (
 )
 from vlmamba.models.language.loss import next_token_loss, select_rows
 from vlmamba.models.language.versions import CACHE, one_cache
+from vlmamba.models.offload import fetch_mixers_whole
 from vlmamba.models.positions import check_boundaries, segments_of_positions
 from vlmamba.models.vision import build_vision_encoder
 from vlmamba.models.vision.base import VisionEncoder
@@ -98,6 +99,13 @@ class VLMambaPreTrainedModel(PreTrainedModel):
         # The language model's attention is the whole's: what TRL loads a reference model with.
         config._attn_implementation = self.language_model.config._attn_implementation
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See transformers; also with parts of the model on disk (`device_map`)."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        fetch_mixers_whole(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part initialises its own weights where it is built."""
@@ -343,6 +351,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         cuda_graphs: bool = False,
         **kwargs: Any,
@@ -358,10 +367,12 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             raise ShapeError(
                 "generate continues rows, not packed samples: pass them as padded rows, without seq_idx"
             )
+        kwargs.pop("tokenizer", None)  # that of stop_strings, which generate lets through
         cache = one_cache(kwargs)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **{CACHE: cache},
             **kwargs,

@@ -1,0 +1,41 @@
+"""Models of which accelerate keeps parts on disk or in the host's memory (`device_map`).
+
+accelerate fetches a layer's weights when the layer is called. A Mamba layer uses its convolution's weights without
+calling the convolution, so all that is below it has to come when it is called itself. accelerate knows that
+(`preload_module_classes`), but transformers does not let a model ask for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vlmamba.ssm.mixer import MambaMixer
+
+
+def fetch_mixers_whole(model: nn.Module) -> None:
+    """Let offloaded Mamba layers be fetched with all their parts; nothing happens to a model without such."""
+    for mixer in [module for module in model.modules() if isinstance(module, MambaMixer)]:
+        hook = _offloading(getattr(mixer, "_hf_hook", None))
+        if hook is None:
+            continue
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(mixer, recurse=True)
+        whole = AlignDevicesHook(
+            execution_device=hook.execution_device,
+            offload=True,
+            weights_map=hook.weights_map,
+            offload_buffers=hook.offload_buffers,
+            place_submodules=True,
+            skip_keys=hook.skip_keys,
+            tied_params_map=hook.tied_params_map,
+        )
+        add_hook_to_module(mixer, whole)
+
+
+def _offloading(hook: Any) -> Any:
+    """The hook that fetches weights, which may stand in a sequence of hooks; None where nothing is offloaded."""
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((one for one in hooks if getattr(one, "offload", False)), None)
