@@ -73,6 +73,7 @@ class VLMambaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ("cache", "past_key_values")
+    _no_split_modules = ("MambaMixer",)  # in connectors; the language model names its own
     _keep_in_fp32_modules_strict = (
         FP32_PARAMETERS  # those of the connectors' layers; the language model names its own
     )
