@@ -114,7 +114,9 @@ def test_bad_packing(ids, config):
     with pytest.raises(ShapeError, match=r"needs \(3, 22\): 11 cached columns and 11 new ones"):
         run_language_model(llama, inputs_embeds=embeds, attention_mask=torch.ones(3, 11), cache=cache)
     llama.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ConfigError, match="flash_attention_2' takes no block-diagonal mask; set model.language"):
+    with pytest.raises(
+        ConfigError, match="flash_attention_2' takes no block-diagonal mask; set model.language"
+    ):
         run_language_model(llama, inputs_embeds=embeds, seq_idx=torch.zeros(3, 11))
 
 

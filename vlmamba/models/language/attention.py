@@ -129,6 +129,10 @@ def run(
     output_hidden_states: bool,
 ) -> LanguageOutput:
     """See `families.run_language_model`."""
+    from transformers import Cache
+
+    if cache is not None:
+        check_cache(model, cache, Cache)
     batch, length = inputs_embeds.shape[:2]
     past = 0 if cache is None else int(cache.get_seq_length())
     position_ids = None
