@@ -32,7 +32,8 @@ class VLMambaConfig(PreTrainedConfig):
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType(
         {}
     )  # no code comes with a checkpoint; TRL looks here
-    keys_to_ignore_at_inference = ("cache", "past_key_values")  # what a Trainer's evaluation does not gather
+    # What a Trainer's evaluation does not gather; it wants a list.
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,
