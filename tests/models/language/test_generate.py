@@ -97,10 +97,11 @@ def test_split_equals_whole(lm, ids, cuts):
         out = lm(ids[:, start:end], past_key_values=cache, use_cache=True)
         parts.append(out.logits)
         cache, start = out.past_key_values, end
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole.logits, atol=1e-6, rtol=1e-6)
+    near = {"atol": 4e-6, "rtol": 4e-6}  # products of other shapes add up in other orders: 7e-7 without AVX2
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole.logits, **near)
     for a, b in zip(cache.state.layers, whole.cache_params.state.layers, strict=True):
-        torch.testing.assert_close(a.conv, b.conv, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(a.ssm, b.ssm, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(a.conv, b.conv, **near)
+        torch.testing.assert_close(a.ssm, b.ssm, **near)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
