@@ -1,8 +1,13 @@
 """VLMambaProcessor: ids and labels by construction, batches, Auto classes, errors."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -108,9 +113,17 @@ def test_counts_that_differ_are_named(processor):
         processor(images=PICTURE, text="none")
 
 
-def test_truncation_is_refused(processor):
-    with pytest.raises(ConfigError, match="does not take 'truncation'"):
-        processor(text="a", truncation=True)
+def test_nothing_is_ever_cut(processor):
+    long = "USER: what is it? " * 20
+    length = len(processor(text=long)["input_ids"][0])
+    for options in ({"truncation": True, "max_length": length - 1}, {"max_length": length - 1}):
+        with pytest.raises(
+            ConfigError, match=rf"row 1 has {length} tokens, more than max_length={length - 1}"
+        ):
+            processor(text=["a", long], **options)
+    fits = processor(text=["a", long], truncation=True, max_length=length)
+    free = processor(text=["a", long], truncation=False, max_length=length - 1)
+    assert fits["input_ids"] == free["input_ids"] == processor(text=["a", long])["input_ids"]
 
 
 def test_continue_final_message_leaves_the_answer_open(processor):
@@ -128,7 +141,9 @@ def test_saved_and_loaded_through_the_auto_class(processor, tmp_path):
     assert loaded.num_image_tokens == processor.num_image_tokens
 
 
-def test_a_sentencepiece_like_bos_is_added_once():
+@pytest.fixture(scope="module")
+def with_bos():
+    """A processor whose tokenizer puts a BOS before any text, as Llama's does."""
     processor = tiny_processor()
     tokenizer = processor.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -138,10 +153,221 @@ def test_a_sentencepiece_like_bos_is_added_once():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
-    with_bos = type(processor)(
+    return type(processor)(
         processor.image_processor, tokenizer, chat_template=processor.chat_template, num_image_tokens=16
     )
+
+
+def test_a_sentencepiece_like_bos_is_added_once(with_bos):
+    bos = with_bos.tokenizer.bos_token_id
     encoded = with_bos.encode_messages([asks("What?"), says("Two."), asks("So?", image=False), says("One.")])
     assert encoded.input_ids[0] == bos
     assert encoded.input_ids.count(bos) == 1
     assert encoded.labels[0] == -100
+
+
+def test_a_bos_stands_before_prompts_and_not_before_completions(with_bos):
+    bos = with_bos.tokenizer.bos_token_id
+    chat = [asks("What?", image=False), says("Two.")]
+    wanted = with_bos.encode_messages(chat).input_ids
+    text = with_bos.apply_chat_template(chat)
+    assert (
+        with_bos(text=text)["input_ids"]
+        == with_bos(text=text, add_special_tokens=False)["input_ids"]
+        == [wanted]
+    )
+    assert with_bos(text="Two.")["input_ids"][0][0] == bos
+    assert bos not in with_bos(text="Two.", add_special_tokens=False)["input_ids"][0]
+    options = {"processor_kwargs": {"add_special_tokens": False}}  # as TRL has it
+    assert with_bos.apply_chat_template(chat, tokenize=True, **options)["input_ids"] == [wanted]
+
+
+def test_the_template_may_write_the_bos_itself(with_bos):
+    template = "{{ bos_token }}" + with_bos.chat_template
+    chat = [asks("What?", image=False), says("Two.")]
+    rows = with_bos.apply_chat_template(chat, chat_template=template, tokenize=True)["input_ids"]
+    assert rows == [with_bos.encode_messages(chat).input_ids]
+
+
+# ---- the same row by every way ----
+WORDS = ["What", " is", "\n", " ", "<image>", "<|endoftext|>", "USER:", "<s", "seven", "\u00e9", "\U0001f600"]
+TEXTS = st.lists(st.sampled_from(WORDS), max_size=6).map("".join)
+CHATS = st.lists(st.tuples(TEXTS, st.integers(0, 2), TEXTS), min_size=1, max_size=3)
+
+
+def turns(chat):
+    for text, pictures, answer in chat:
+        parts = [{"type": "image", "image": PICTURE}] * pictures + [{"type": "text", "text": text}]
+        yield {"role": "user", "content": parts}
+        yield {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(chats=st.lists(CHATS, min_size=1, max_size=3), side=st.sampled_from(["left", "right"]))
+def test_rows_and_masks_of_a_batch_are_those_of_each_conversation(chats, side):
+    processor = tiny_processor(num_image_tokens=2)
+    messages = [list(turns(chat)) for chat in chats]
+    options = {"padding_side": side, "pad_to_multiple_of": 8}
+    batch = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs=options,
+    )
+    assert batch["input_ids"].shape[1] % 8 == 0
+    for row, chat in enumerate(messages):
+        encoded = processor.encode_messages(chat)
+        real = batch["attention_mask"][row].bool()
+        ids = batch["input_ids"][row]
+        labels = ids.masked_fill(batch["assistant_masks"][row] == 0, -100)
+        assert ids[real].tolist() == encoded.input_ids
+        assert labels[real].tolist() == encoded.labels
+        assert (labels[~real] == -100).all()
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(chat=CHATS, name=st.sampled_from(["vicuna_v1", "mamba", "zephyr", "plain"]))
+def test_prompt_and_completion_as_text_are_the_ids_of_the_conversation(chat, name):
+    """As TRL goes: both rendered, the prompt's text cut off, each tokenised on its own and joined."""
+    processor = tiny_processor(num_image_tokens=2, chat=name)
+    if name != "vicuna_v1":  # there an answer follows a newline, with which white space would merge
+        chat = [(text, pictures, answer.strip()) for text, pictures, answer in chat]
+    *prompt, answer = turns(chat)
+    start = processor.apply_chat_template(prompt, add_generation_prompt=True)
+    whole = processor.apply_chat_template([*prompt, answer])
+    assert whole.startswith(start)
+    pictures = [PICTURE] * sum(count for _, count, _ in chat)
+    first = processor(
+        images=pictures, text=[start], padding=True, padding_side="left", add_special_tokens=False
+    )
+    last = processor(text=[whole[len(start) :]], padding=True, padding_side="right", add_special_tokens=False)
+    encoded = processor.encode_messages([*prompt, answer])
+    assert first["input_ids"][0] + last["input_ids"][0] == encoded.input_ids
+
+
+# ---- what callers ask for ----
+def test_one_row_is_a_batch_of_one(processor):
+    chat = [asks("\nWhat?"), says("Two.")]
+    rows = processor.apply_chat_template(chat, tokenize=True)
+    assert rows["input_ids"] == [processor.encode_messages(chat).input_ids]
+    assert rows["input_ids"] == processor.apply_chat_template([chat], tokenize=True)["input_ids"]
+    assert processor.apply_chat_template(chat, tokenize=True, return_dict=False) == rows["input_ids"]
+    assert isinstance(processor.apply_chat_template(chat), str)
+    assert isinstance(processor.apply_chat_template([chat]), list)
+
+
+def test_rows_are_padded_only_if_tensors_or_padding_are_asked_for(processor):
+    texts = ["What?", "What is in the image?"]
+    lengths = [len(processor(text=t)["input_ids"][0]) for t in texts]
+
+    def widths(**options):
+        return [len(row) for row in processor(text=texts, **options)["input_ids"]]
+
+    assert lengths[0] < lengths[1]
+    assert widths() == widths(padding=False) == widths(padding="do_not_pad") == lengths
+    assert widths(padding=True) == widths(return_tensors="pt") == [max(lengths)] * 2
+    assert widths(padding="max_length", max_length=40) == [40, 40]
+    assert (
+        widths(text_kwargs={"padding": True, "pad_to_multiple_of": 16}) == [-(-max(lengths) // 16) * 16] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"truncation": False, "max_length": None, "return_token_type_ids": False, "add_special_tokens": True},
+        {
+            "truncation": True,
+            "return_mm_token_type_ids": False,
+            "return_attention_mask": True,
+            "verbose": False,
+        },
+        {"stride": 0, "is_split_into_words": False, "videos": None, "audio": None, "return_length": False},
+        {
+            "images_kwargs": {"do_resize": None},
+            "text_kwargs": None,
+            "common_kwargs": {"return_tensors": None},
+        },
+    ],
+)
+def test_what_asks_for_nothing_changes_nothing(processor, idle):
+    assert processor(text="What?", **idle).data == processor(text="What?").data
+    chat = [asks("What?"), says("Two.")]
+    rows = processor.apply_chat_template(
+        chat, tokenize=True, tools=None, documents=None, processor_kwargs=idle
+    )
+    assert rows["input_ids"] == processor.apply_chat_template(chat, tokenize=True)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says_"),
+    [
+        ({"return_token_type_ids": True}, "return_token_type_ids=True"),
+        ({"do_resize": False}, "do_resize=False"),
+        ({"images_kwargs": {"size": 8}}, "size=8"),
+        ({"paddding": True}, r"paddding=True.*Did you mean 'padding'"),
+        ({"stride": 3}, "stride=3"),
+        ({"padding": "left"}, "padding='left'"),
+        ({"padding_side": "both"}, "padding_side='both'"),
+        ({"padding": "max_length"}, "needs max_length"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(processor, asked, says_):
+    with pytest.raises(ConfigError, match=says_):
+        processor(text="What?", **asked)
+    with pytest.raises(ConfigError, match=says_):
+        processor.apply_chat_template([asks("What?")], tokenize=True, **asked)
+
+
+def test_variables_go_to_templates_that_have_them(processor):
+    chat = [asks("What?", image=False)]
+    with pytest.raises(
+        ConfigError, match=r"does not take tools=.*chat template has no variable of that name"
+    ):
+        processor.apply_chat_template(chat, tools=[{"name": "look"}])
+    template = "{% if tools %}{{ tools[0].name }}: {% endif %}" + processor.chat_template
+    text = processor.apply_chat_template(chat, chat_template=template, tools=[{"name": "look"}])
+    assert text == "look: " + processor.apply_chat_template(chat)
+
+
+def test_masks_need_a_template_that_says_what_the_model_says(processor):
+    template = processor.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    chat = [asks("What?", image=False), says("Two.")]
+    with pytest.raises(ConfigError, match="does not say what the model is to say"):
+        processor.apply_chat_template(
+            chat, chat_template=template, tokenize=True, return_assistant_tokens_mask=True
+        )
+
+
+def test_pictures_of_rows_are_counted_row_by_row(processor):
+    texts = ["<image> and <image>", "none"]
+    assert processor(images=[[PICTURE, PICTURE], []], text=texts)["pixel_values"].shape[0] == 2
+    assert processor(images=[PICTURE, PICTURE], text=texts)["pixel_values"].shape[0] == 2
+    with pytest.raises(
+        DataError, match=r"rows hold \[2, 0\] <image> placeholder\(s\) but come with \[1, 1\]"
+    ):
+        processor(images=[[PICTURE], [PICTURE]], text=texts)
+
+
+def test_pictures_of_any_kind_are_the_same_picture(processor, tmp_path):
+    path = tmp_path / "picture.png"
+    PICTURE.save(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    parts = [
+        {"type": "image", "image": PICTURE, "text": None, "path": None},
+        {"type": "image", "image": np.asarray(PICTURE)},
+        {"type": "image", "image": path},
+        {"type": "image", "path": str(path)},
+        {"type": "image", "url": str(path)},
+        {"type": "image", "base64": encoded},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
+        {"type": "image_url", "image_url": str(path)},
+        {"type": "image", "image": io.BytesIO(path.read_bytes()).getvalue()},
+    ]
+    chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "same?", "image": None}]}]
+    pixels = processor.apply_chat_template(chat, tokenize=True, return_tensors="pt")["pixel_values"]
+    assert len(pixels) == len(parts)
+    assert (pixels == pixels[0]).all()
+    with pytest.raises(DataError, match="none of the keys 'image', 'path', 'url', 'base64'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True)

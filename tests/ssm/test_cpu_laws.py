@@ -78,6 +78,22 @@ class TestExact:
         inputs["dt"] = raw + 0.1 * inputs["dt"]
         assert_as_exact_as_float32(inputs, "cpu", tolerance=2e-6 if raw > 0 else 4e-6)
 
+    @torch.no_grad()
+    def test_large_exponents(self):
+        """Decays down to 1e-35, each to its last bits; were the products dt A rounded, they would be off by 3e-6."""
+        dt, A = 20 + 60 * torch.rand(3, 1, 64), -torch.rand(64, 16)
+        zero, matrix, start = torch.zeros(3, 1, 64), torch.ones(3, 1, 16), torch.ones(3, 64, 16)
+        rate = A * 1.44269504088896341  # to the base of two, in fp32 as the kernel's
+        want = torch.exp2(dt.double().transpose(1, 2) * rate.double())
+        options = {"dt_softplus": False, "backend": "cpu"}
+        _, scanned = selective_scan(
+            zero, dt, A, matrix, matrix, initial_state=start, return_last_state=True, **options
+        )
+        stepped = start.clone()
+        selective_state_update(stepped, zero[:, 0], dt[:, 0], A, matrix[:, 0], matrix[:, 0], **options)
+        assert torch.equal(scanned, stepped)
+        assert ((scanned - want) / want).abs().max() < 1e-6
+
     def test_convolution(self, run_with_gradients, assert_near):
         inputs = {"x": torch.randn(2, 70, 40), "weight": torch.randn(40, 4), "bias": torch.randn(40)}
         options = {

@@ -317,6 +317,52 @@ class TestTimeStepBias:
                 peft.get_peft_model(Holder(), config)(x)
 
 
+class Quantised(torch.nn.Module):
+    """A linear layer with integer weights in another's place, as quantisers put them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.scale, self.bias = float(scale), linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@torch.no_grad()
+def test_quantised_projections(mixer, x, assert_near):
+    """Layers with integer weights serve in every place, in whole calls and in steps."""
+    plain = copy.deepcopy(mixer)
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        layer = Quantised(getattr(mixer, name))
+        setattr(mixer, name, layer)
+        getattr(plain, name).weight.copy_(layer.weight * layer.scale)
+    assert_near(mixer(x), plain(x), 4e-6)
+    states = _state(), _state()
+    for t in range(3):
+        got, want = (m(x[:, t : t + 1], state=s) for m, s in zip((mixer, plain), states, strict=True))
+        assert_near(got, want, 4e-6)
+
+
+@torch.no_grad()
+def test_offloaded_to_disk_is_the_same(tmp_path):
+    """accelerate's hooks bring weights for the calls of modules; the mixer reads some without a call."""
+    pytest.importorskip("accelerate")
+    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
+    lm = MambaLM(config).eval()
+    lm.save_pretrained(tmp_path / "model")
+    places = {"backbone.embeddings": "cpu", "backbone.norm_f": "cpu", "lm_head": "cpu"}
+    places |= {"backbone.layers.0": "cpu", "backbone.layers.1": "disk"}
+    away = MambaLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
+    assert away.backbone.layers[1].mixer.dt_proj.bias.is_meta
+    ids = torch.randint(0, 40, (2, 9))
+    assert torch.equal(away(ids).logits, lm(ids).logits)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(away.generate(ids, **options), lm.generate(ids, **options))
+    assert away.backbone.layers[1].mixer.conv1d.weight.is_meta
+
+
 def test_bfloat16_autocast_and_weights(mixer, x):
     want = mixer(x)
     scale = want.abs().max()

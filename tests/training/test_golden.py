@@ -101,15 +101,20 @@ def test_losses_are_golden(golden_config: MakeConfig, connector: str) -> None:
     assert losses(golden_config(connector)) == pytest.approx(GOLDEN[connector], rel=2e-5)
 
 
-def test_evaluations_and_recomputation_change_nothing(golden_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    "stage", [{}, {"train": ["multi_modal_projector"], "lora": None}], ids=["lora", "frozen"]
+)
+def test_evaluations_and_recomputation_change_nothing(
+    golden_config: MakeConfig, stage: dict[str, Any]
+) -> None:
     """Not a bit of a loss, nor which modules are called in which mode, with and without images alike."""
     with recorded() as calls:
-        found = losses(golden_config("vss-mlp"))
+        found = losses(golden_config("vss-mlp", **stage))
     with recorded() as unwatched:
-        assert losses(golden_config("vss-mlp", evaluations=[])) == found
+        assert losses(golden_config("vss-mlp", **stage, evaluations=[])) == found
     assert unwatched == calls
     with recorded() as kept:
-        assert losses(golden_config("vss-mlp", gradient_checkpointing=False)) == found
+        assert losses(golden_config("vss-mlp", **stage, gradient_checkpointing=False)) == found
     for part, recomputed in (("vision_tower", 1), ("multi_modal_projector", 1), (MIXER, 2)):
         assert [name for name, _ in calls].count(part) == 20 * recomputed, part
         assert [name for name, _ in kept].count(part) == 20, part

@@ -1,7 +1,7 @@
 """Models: encoders, connectors, language models, and the vision-language model made of them.
 
 Importing this package registers vlmamba with transformers' Auto classes (`AutoConfig`, `AutoModel`,
-`AutoModelForImageTextToText`, `AutoImageProcessor`, `AutoProcessor`).
+`AutoModelForCausalLM`, `AutoModelForImageTextToText`, `AutoImageProcessor`, `AutoProcessor`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
@@ -21,6 +22,7 @@ from vlmamba.models.processing import VLMambaProcessor
 
 AutoConfig.register(VLMambaConfig.model_type, VLMambaConfig, exist_ok=True)
 AutoModel.register(VLMambaConfig, VLMambaModel, exist_ok=True)
+AutoModelForCausalLM.register(VLMambaConfig, VLMambaForConditionalGeneration, exist_ok=True)  # TRL's fallback
 AutoModelForImageTextToText.register(VLMambaConfig, VLMambaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(VLMambaConfig, VLMambaProcessor, exist_ok=True)
 AutoImageProcessor.register(

@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -34,6 +35,8 @@ _START, _END, _LITERAL = "\ufdd0", "\ufdd1", 0xFDD2
 _NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
 _MAX_LITERALS = 0xFDF0 - _LITERAL
 _PLACEHOLDER = re.compile("([\ufdd2-\ufdef])")
+_LITERAL_TEXT = re.compile(f"{_START}(.*?){_END}", re.DOTALL)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,19 @@ def load_template(name: str) -> str:
     return (resources.files("vlmamba.models") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def marks_answers(template: str) -> bool:
+    """Whether a template says what the model is to say, by ``{% generation %}``."""
+    return _GENERATION.search(template) is not None
+
+
 @functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
+def template_variables(template: str) -> frozenset[str]:
+    """Names that a template looks up."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(template)))
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -103,7 +117,12 @@ def _compiled(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template)
+    return environment
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
 
 
 def render_segments(
@@ -202,10 +221,25 @@ def split_images(text: str) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def plain_text(segments: Sequence[Segment]) -> str:
-    """The rendered conversation as one string, images as ``<image>``."""
+def plain_text(segments: Sequence[Segment], *, marked: bool = False) -> str:
+    """The rendered conversation as one string, images as ``<image>``.
+
+    Args:
+        segments: Of `render_segments`.
+        marked: Put text of a user that only looks like a special token between two noncharacters (U+FDD0, U+FDD1),
+            so that `pieces_of` reads the string as what it is.
+    """
+    literal = (_START, _END) if marked else ("", "")
     return "".join(
-        IMAGE_TOKEN if piece.kind == "image" else piece.text
+        {"image": IMAGE_TOKEN, "literal": piece.text.join(literal)}.get(piece.kind, piece.text)
         for segment in segments
         for piece in segment.pieces
     )
+
+
+def pieces_of(text: str) -> tuple[Piece, ...]:
+    """The pieces of a marked string of `plain_text`, or of one that was put together by hand."""
+    pieces: list[Piece] = []
+    for index, part in enumerate(_LITERAL_TEXT.split(text)):
+        pieces += [Piece("literal", part)] if index % 2 else split_images(part)
+    return tuple(pieces)

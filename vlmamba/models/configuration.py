@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -28,7 +29,11 @@ class VLMambaConfig(PreTrainedConfig):
     model_type = "vlmamba"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - transformers' own attribute
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ("cache", "past_key_values")  # what a Trainer's evaluation does not gather
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {}
+    )  # no code comes with a checkpoint; TRL looks here
+    # What a Trainer's evaluation does not gather; it wants a list.
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

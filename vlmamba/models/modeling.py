@@ -35,7 +35,7 @@ from vlmamba.models.language import (
 from vlmamba.models.language.loading import restore_buffers
 from vlmamba.models.language.loss import next_token_loss, select_rows
 from vlmamba.models.language.versions import CACHE, one_cache
-from vlmamba.models.positions import segments_of_positions
+from vlmamba.models.positions import check_boundaries, segments_of_positions
 from vlmamba.models.vision import build_vision_encoder
 from vlmamba.models.vision.base import VisionEncoder
 from vlmamba.ssm.mixer import FP32_PARAMETERS
@@ -73,6 +73,7 @@ class VLMambaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ("cache", "past_key_values")
+    _no_split_modules = ("MambaMixer",)  # in connectors; the language model names its own
     _keep_in_fp32_modules_strict = (
         FP32_PARAMETERS  # those of the connectors' layers; the language model names its own
     )
@@ -96,6 +97,8 @@ class VLMambaPreTrainedModel(PreTrainedModel):
             **config.connector_config.get("options", {}),
         )
         self.language_model = language_model or build_language_model(config.text_config)
+        # The language model's attention is the whole's: what TRL loads a reference model with.
+        config._attn_implementation = self.language_model.config._attn_implementation
         self.post_init()
 
     @classmethod
@@ -215,16 +218,17 @@ class VLMambaModel(VLMambaPreTrainedModel):
         Returns:
             `last_hidden_state` (B, L, D), after the language model's last norm, the cache and `hidden_states`.
         """
-        _refuse_unknown(kwargs)
         cache = one_cache({"cache": cache, "past_key_values": past_key_values})
+        rows, length = _shape(input_ids, inputs_embeds)
+        seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, rows)
+        check_boundaries(kwargs, seq_idx, rows, length)
+        _refuse_unknown(kwargs)
         hidden, filled, layers = self._hidden_states(
             input_ids,
             pixel_values,
             attention_mask,
             inputs_embeds,
-            segments_of_positions(
-                position_ids, attention_mask, seq_idx, cache, _rows(input_ids, inputs_embeds)
-            ),
+            seq_idx,
             cache,
             use_cache,
             output_hidden_states,
@@ -309,10 +313,11 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             ShapeError: Inputs do not fit together.
             ConfigError: The language model cannot do this exactly.
         """
-        _refuse_unknown(kwargs)
         cache = one_cache({"cache": cache, "past_key_values": past_key_values})
-        rows = _rows(input_ids, inputs_embeds)
+        rows, length = _shape(input_ids, inputs_embeds)
         seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, rows)
+        check_boundaries(kwargs, seq_idx, rows, length)
+        _refuse_unknown(kwargs)
         hidden, filled, layers = self._hidden_states(
             input_ids,
             pixel_values,
@@ -347,6 +352,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         cuda_graphs: bool = False,
         **kwargs: Any,
@@ -362,10 +368,12 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             raise ShapeError(
                 "generate continues rows, not packed samples: pass them as padded rows, without seq_idx"
             )
+        kwargs.pop("tokenizer", None)  # that of stop_strings, which generate lets through
         cache = one_cache(kwargs)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **{CACHE: cache},
             **kwargs,
@@ -416,10 +424,11 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         super().save_pretrained(str(Path(save_directory)), **kwargs)
 
 
-def _rows(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+def _shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
     if (input_ids is None) == (inputs_embeds is None):
         raise ShapeError("give either input_ids or inputs_embeds, and not both")
-    return (inputs_embeds if input_ids is None else input_ids).shape[0]  # type: ignore[union-attr]
+    rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
+    return rows, length
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

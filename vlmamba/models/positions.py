@@ -58,3 +58,36 @@ def segments_of_positions(
             "it here, so leave position_ids out"
         )
     return seq_idx
+
+
+FLASH_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""FlashAttention's words for packed rows, which trainers without padding pass along with positions."""
+
+
+def check_boundaries(kwargs: dict[str, Any], seq_idx: Tensor | None, rows: int, length: int) -> None:
+    """Take FlashAttention's words out of keyword arguments; they must say what `seq_idx` says.
+
+    Args:
+        kwargs: What was passed; `FLASH_NAMES` are removed.
+        seq_idx: (B, L) samples as they were understood, None where every row is one sample.
+        rows: B.
+        length: L.
+
+    Raises:
+        ShapeError: They tell of other samples.
+    """
+    given = {name: value for name in FLASH_NAMES if (value := kwargs.pop(name, None)) is not None}
+    bounds = [value for name, value in given.items() if isinstance(value, Tensor) and value.dim() == 1]
+    if not bounds:
+        return
+    starts = torch.zeros(rows, length, dtype=torch.bool, device=bounds[0].device)
+    starts[:, :1] = True
+    if seq_idx is not None:
+        starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    end = torch.tensor([rows * length], device=starts.device)
+    wanted = torch.cat([starts.flatten().nonzero().flatten(), end])
+    if not all(torch.equal(value.to(wanted), wanted) for value in bounds):
+        raise ShapeError(
+            f"{', '.join(given)} tell of other samples than position_ids and seq_idx do; give seq_idx, or position_ids "
+            "that start anew, and leave them out"
+        )

@@ -23,10 +23,13 @@ from vlmamba.models.chat import (
     Message,
     Piece,
     Segment,
+    marks_answers,
+    pieces_of,
     plain_text,
     render_segments,
-    split_images,
+    template_variables,
 )
+from vlmamba.models.processor_options import BatchOptions, read_options
 
 IGNORE_INDEX = -100
 
@@ -82,7 +85,8 @@ class VLMambaProcessor(ProcessorMixin):
         # What the tokenizer puts before any text by itself (Llama's BOS; GPT-NeoX has none).
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         full = tokenizer("a")["input_ids"]
-        self._prefix_ids: list[int] = full[: full.index(bare[0])] if bare and bare[0] in full else []
+        prefix = full[: full.index(bare[0])] if bare and bare[0] in full else []
+        self._prefix = "".join(tokenizer.convert_ids_to_tokens(prefix))
 
     @property
     def pad_token_id(self) -> int:
@@ -104,44 +108,34 @@ class VLMambaProcessor(ProcessorMixin):
         Returns:
             The ids, the labels (supervised exactly inside the template's generation blocks) and the image count.
         """
-        return self._encode(self._segments(messages, add_generation_prompt))
+        return self._encode(self._segments(messages, add_generation_prompt, self._template()))
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        *,
-        padding: bool | str = False,
-        padding_side: str = "left",
-        return_tensors: str | None = None,
-        **kwargs: Any,
+        self, images: Any = None, text: str | Sequence[str] | None = None, **options: Any
     ) -> BatchFeature:
         """Encode ready-made prompts in which ``<image>`` stands for an image.
 
         Args:
             images: PIL images, arrays, paths or a list (or list of lists) of these, in the order of the placeholders.
             text: A prompt or a list of prompts.
-            padding: Pad rows to the longest.
-            padding_side: "left" (for generation) or "right".
-            return_tensors: "pt" for tensors.
-            **kwargs: `truncation` and `max_length` are refused, since cutting a prompt could cut an image; anything
-                else is an error.
+            **options: See `vlmamba.models.processor_options.BatchOptions` (`padding`, `return_tensors`, ...).
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (B, L), and with images ``pixel_values`` (n, C, S, S).
+            ``input_ids`` and ``attention_mask`` (B, L), and with images ``pixel_values`` (n, C, S, S). One prompt is
+            a batch of one.
 
         Raises:
+            ConfigError: An option that would change the result and is not known here.
             DataError: The prompts hold another number of placeholders than there are images.
         """
-        unknown = {k: v for k, v in kwargs.items() if v not in (None, False) and k != "add_special_tokens"}
-        if unknown:
-            raise ConfigError(f"VLMambaProcessor does not take {', '.join(map(repr, sorted(unknown)))}")
+        asked = read_options(options, self.tokenizer.model_max_length)
         if text is None:
-            return self._images(images, None, return_tensors)
+            return self._images(images, asked.return_tensors)
         prompts = [text] if isinstance(text, str) else list(text)
-        encoded = [self._encode([Segment(split_images(prompt), supervised=False)]) for prompt in prompts]
-        batched = not isinstance(text, str) or return_tensors is not None
-        return self._batch(encoded, images, padding, padding_side, return_tensors, batched)
+        segments = [[Segment(pieces_of(prompt), supervised=False)] for prompt in prompts]
+        if asked.add_special_tokens:
+            segments = [self._with_prefix(row) for row in segments]
+        return self._batch([self._encode(row) for row in segments], images, asked)
 
     def apply_chat_template(
         self,
@@ -150,77 +144,82 @@ class VLMambaProcessor(ProcessorMixin):
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_dict: bool = True,
-        return_tensors: str | None = None,
-        padding: bool | str | None = None,
-        padding_side: str = "left",
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Render conversations, and with ``tokenize=True`` encode them and their images.
 
-        Images stand in the messages as ``{"type": "image", "image": PIL image, path or URL}`` (or ``"path"``,
-        ``"url"``). Text of the messages is literal. Several conversations are padded on the left.
+        Images stand in the messages as ``{"type": "image", "image": PIL image, array or path}`` (or ``"path"``,
+        ``"url"``, ``"base64"``; ``"image_url"`` as OpenAI has it). Text of the messages is literal. Rows are padded if
+        tensors are asked for, on the left.
 
         Args:
             conversation: A list of messages, or a list of such lists.
             chat_template: Another template than the model's own.
             add_generation_prompt: End with what precedes the next answer.
             continue_final_message: Leave the last (assistant) message open, to be continued.
+            return_assistant_tokens_mask: Also return ``assistant_masks``, 1 at what the model is to say.
             tokenize: Return ids rather than text.
             return_dict: With `tokenize`, return all model inputs rather than the ids alone.
-            return_tensors: "pt" for tensors.
-            padding: Pad several conversations; on by default when there are several.
-            padding_side: "left" (for generation) or "right".
-            processor_kwargs: Taken for transformers' sake; `padding` and `return_tensors` in it count.
-            **kwargs: Further template variables.
+            processor_kwargs: Options as of `__call__`.
+            **kwargs: Variables of the template, and options as of `__call__`.
 
         Returns:
-            Text, ids, or a `BatchFeature` with ``input_ids``, ``attention_mask`` and ``pixel_values``.
+            Text (in which what only looks like a special token is marked, see `vlmamba.models.chat.plain_text`; give
+            it to `__call__`), ids, or a `BatchFeature` with ``input_ids``, ``attention_mask`` and ``pixel_values``. One
+            conversation is a batch of one, but its text is one string.
+
+        Raises:
+            ConfigError: An option that would change the result and is not known here, or `assistant_masks` of a
+                template that does not say what the model is to say.
+            DataError: The template refuses a conversation, or an image part holds no image.
         """
-        options = dict(processor_kwargs or {})
-        padding = options.pop("padding", padding)
-        return_tensors = options.pop("return_tensors", return_tensors)
-        if options:
-            raise ConfigError(f"VLMambaProcessor does not take {', '.join(map(repr, sorted(options)))}")
+        template = self._template(chat_template)
+        variables = {name: kwargs.pop(name) for name in template_variables(template) & kwargs.keys()}
+        asked = read_options({**kwargs, **(processor_kwargs or {})}, self.tokenizer.model_max_length)
+        if return_assistant_tokens_mask and not marks_answers(template):
+            raise ConfigError(
+                "assistant_masks were asked for, but the chat template does not say what the model is to say: put it "
+                "between {% generation %} and {% endgeneration %}"
+            )
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
-        conversations = list(conversation) if batched else [conversation]
+        conversations = [
+            _plain_messages(messages) for messages in (conversation if batched else [conversation])
+        ]
         rendered = [
-            self._segments(messages, add_generation_prompt, chat_template, kwargs, continue_final_message)
+            self._segments(messages, add_generation_prompt, template, variables, continue_final_message)
             for messages in conversations
         ]
         if not tokenize:
-            texts = [plain_text(segments) for segments in rendered]
+            texts = [plain_text(segments, marked=True) for segments in rendered]
             return texts if batched else texts[0]
         images = [
-            load_image(_image_of(part))
+            [_image_of(part) for part in _parts(messages) if part.get("type") == "image"]
             for messages in conversations
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part.get("type") == "image"
         ]
         encoded = [self._encode(segments) for segments in rendered]
-        padding = len(encoded) > 1 if padding is None else padding
-        batch = self._batch(
-            encoded, images, padding, padding_side, return_tensors, batched or return_tensors is not None
-        )
+        batch = self._batch(encoded, images, asked, assistant_masks=return_assistant_tokens_mask)
         return batch if return_dict else batch["input_ids"]
 
-    def _segments(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        chat_template: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-    ) -> list[Segment]:
+    def _template(self, chat_template: str | None = None) -> str:
         template = chat_template or self.chat_template
         if not isinstance(template, str):
             raise ConfigError(
                 "the processor has no chat template: give one, or load a checkpoint that has one"
             )
+        return template
+
+    def _segments(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        template: str,
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[Segment]:
         special = {
             name: token for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)
         }
@@ -231,12 +230,21 @@ class VLMambaProcessor(ProcessorMixin):
             add_generation_prompt=add_generation_prompt,
             variables={**special, **(variables or {})},
         )
-        return _reopen_last(segments, special.get("eos_token", "")) if continue_final_message else segments
+        if continue_final_message:
+            segments = _reopen_last(segments, special.get("eos_token", ""))
+        return self._with_prefix(segments)
+
+    def _with_prefix(self, segments: list[Segment]) -> list[Segment]:
+        """What the tokenizer puts before any text, unless it stands there already."""
+        first = segments[0].pieces[0] if segments and segments[0].pieces else Piece("text", "")
+        if not self._prefix or (first.kind == "text" and first.text.startswith(self._prefix)):
+            return segments
+        return [Segment((Piece("text", self._prefix),), supervised=False), *segments]
 
     def _encode(self, segments: Sequence[Segment]) -> Encoded:
         pieces = [(piece, segment.supervised) for segment in segments for piece in segment.pieces]
-        ids: list[int] = list(self._prefix_ids)
-        labels: list[int] = [IGNORE_INDEX] * len(ids)
+        ids: list[int] = []
+        labels: list[int] = []
         for (piece, supervised), tokens in zip(pieces, self._tokenize([p for p, _ in pieces]), strict=True):
             ids += tokens
             labels += tokens if supervised and piece.kind != "image" else [IGNORE_INDEX] * len(tokens)
@@ -256,41 +264,53 @@ class VLMambaProcessor(ProcessorMixin):
         return found
 
     def _batch(
-        self,
-        encoded: Sequence[Encoded],
-        images: Any,
-        padding: bool | str,
-        padding_side: str,
-        return_tensors: str | None,
-        batched: bool,
+        self, encoded: Sequence[Encoded], images: Any, asked: BatchOptions, *, assistant_masks: bool = False
     ) -> BatchFeature:
-        expected = sum(e.num_images for e in encoded)
-        pixels = self._images(images, expected, return_tensors)
-        rows = [e.input_ids for e in encoded]
-        masks = [[1] * len(row) for row in rows]
-        if padding:
-            width = max(map(len, rows))
-            for row, mask in zip(rows, masks, strict=True):
-                at = len(row) if padding_side == "right" else 0
-                row[at:at] = [self.pad_token_id] * (width - len(row))
-                mask[at:at] = [0] * (width - len(mask))
-        data: dict[str, Any] = {
-            "input_ids": rows if batched else rows[0],
-            "attention_mask": masks if batched else masks[0],
+        _check_counts([e.num_images for e in encoded], images)
+        rows = {
+            "input_ids": [list(e.input_ids) for e in encoded],
+            "attention_mask": [[1] * len(e.input_ids) for e in encoded],
         }
-        return BatchFeature({**data, **pixels}, tensor_type=return_tensors)
+        if assistant_masks:
+            rows["assistant_masks"] = [[int(label != IGNORE_INDEX) for label in e.labels] for e in encoded]
+        width = asked.width([len(e.input_ids) for e in encoded])
+        if width is not None:
+            fills = {"input_ids": self.pad_token_id}
+            for name, values in rows.items():
+                for row in values:
+                    at = len(row) if asked.padding_side == "right" else 0
+                    row[at:at] = [fills.get(name, 0)] * (width - len(row))
+        pixels = self._images(images, asked.return_tensors)
+        return BatchFeature({**rows, **pixels}, tensor_type=asked.return_tensors)
 
-    def _images(self, images: Any, expected: int | None, return_tensors: str | None) -> BatchFeature:
+    def _images(self, images: Any, return_tensors: str | None) -> BatchFeature:
         flat = _flatten(images)
-        if expected is not None and len(flat) != expected:
-            raise DataError(
-                f"the text holds {expected} {IMAGE_TOKEN} placeholder(s) but {len(flat)} image(s) were given; "
-                f"put one {IMAGE_TOKEN} in the text for each image"
-            )
         if not flat:
             return BatchFeature({})
         return self.image_processor(
             [load_image(i) if isinstance(i, str) else i for i in flat], return_tensors=return_tensors
+        )
+
+
+def _check_counts(expected: Sequence[int], images: Any) -> None:
+    """Raise unless every row has as many images as placeholders; rows are told apart if images come as lists.
+
+    Raises:
+        DataError: It has another number.
+    """
+    nested = isinstance(images, (list, tuple)) and all(
+        i is None or isinstance(i, (list, tuple)) for i in images
+    )
+    groups = [len(_flatten(i)) for i in images] if nested and len(images) == len(expected) else None
+    given = len(_flatten(images))
+    if sum(expected) != given:
+        raise DataError(
+            f"the text holds {sum(expected)} {IMAGE_TOKEN} placeholder(s) but {given} image(s) were given; "
+            f"put one {IMAGE_TOKEN} in the text for each image"
+        )
+    if groups is not None and groups != list(expected):
+        raise DataError(
+            f"the rows hold {list(expected)} {IMAGE_TOKEN} placeholder(s) but come with {groups} image(s)"
         )
 
 
@@ -314,11 +334,35 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, literal: bool)
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages without keys that are None (as data sets fill them in), OpenAI's images as ours."""
+    found = []
+    for message in messages:
+        plain = {name: value for name, value in message.items() if value is not None}
+        if not isinstance(plain.get("content", ""), str):
+            plain["content"] = [_plain_part(part) for part in plain["content"]]
+        found.append(plain)
+    return found
+
+
+def _plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    if part.get("type") == "image_url":
+        url = part.get("image_url")
+        return {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
+    return {name: value for name, value in part.items() if value is not None}
+
+
+def _parts(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
+    contents = [message.get("content", "") for message in messages]
+    return [part for content in contents if not isinstance(content, str) for part in content]
+
+
 def _image_of(part: Mapping[str, Any]) -> Any:
-    for key in ("image", "path", "url"):
+    keys = ("image", "path", "url", "base64")
+    for key in keys:
         if part.get(key) is not None:
             return part[key]
-    raise DataError("an image part has none of the keys 'image', 'path' and 'url'")
+    raise DataError(f"an image part has none of the keys {', '.join(map(repr, keys))}")
 
 
 def _flatten(images: Any) -> list[Any]:

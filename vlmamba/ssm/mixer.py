@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -228,10 +229,11 @@ class MambaMixer(nn.Module):
     def _step(self, x: Tensor, gate: Tensor, state: MambaLayerState) -> Tensor:
         """One token: (B, E) in and out; the direction does not matter."""
         window = torch.cat([state.conv.to(x.dtype), x.unsqueeze(1)], dim=1)
-        weight = self.conv1d.weight.squeeze(1).float()
-        inner = torch.einsum("bke,ek->be", window.float(), weight)
-        if self.conv1d.bias is not None:
-            inner = inner + self.conv1d.bias.float()
+        with brought(self.conv1d):
+            weight = self.conv1d.weight.squeeze(1).float()
+            inner = torch.einsum("bke,ek->be", window.float(), weight)
+            if self.conv1d.bias is not None:
+                inner = inner + self.conv1d.bias.float()
         inner = ACTIVATIONS[self.hidden_act](inner).to(x.dtype)
         with torch.no_grad():
             state.conv.copy_(window[:, 1:])
@@ -243,15 +245,16 @@ class MambaMixer(nn.Module):
         self, x: Tensor, *, seq_idx: Tensor | None, initial_state: Tensor | None, reverse: bool
     ) -> Tensor:
         fused = self.hidden_act in ("silu", "swish")
-        inner = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu" if fused else None,
-            seq_idx=seq_idx,
-            initial_state=initial_state,
-            reverse=reverse,
-        )
+        with brought(self.conv1d):
+            inner = causal_conv1d(
+                x,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation="silu" if fused else None,
+                seq_idx=seq_idx,
+                initial_state=initial_state,
+                reverse=reverse,
+            )
         assert isinstance(inner, Tensor)
         return inner if fused else ACTIVATIONS[self.hidden_act](inner)
 
@@ -269,15 +272,17 @@ class MambaMixer(nn.Module):
         """
         layer = self.dt_proj
         if isinstance(layer, TimeStepProjection):
-            return layer.bias
+            with brought(layer):
+                return layer.bias
         if not any(isinstance(part, TimeStepProjection) for part in layer.modules()):
             return None
         added = hasattr(layer, "lora_A") and not any(layer.use_dora.values())
         if added or hasattr(
             layer, "modules_to_save"
         ):  # peft: LoRA adds to the product, a trained copy is the same
-            bias: Tensor = layer.bias
-            return bias
+            with brought(getattr(layer, "base_layer", layer)):
+                bias: Tensor = layer.bias
+                return bias
         raise ConfigError(
             f"dt_proj is wrapped by {type(layer).__module__}.{type(layer).__qualname__}, but only LoRA without DoRA "
             "fits there: the layer's bias is added later, in the scan. Leave dt_proj out of the adapter's "
@@ -297,3 +302,16 @@ class MambaMixer(nn.Module):
             "MambaMixer", "state.conv", state.conv, (batch, self.conv_kernel - 1, inner), "(B, K-1, E)"
         )
         check_shape("MambaMixer", "state.ssm", state.ssm, (batch, inner, self.state_size), "(B, E, N)")
+
+
+def brought(layer: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a layer's parameters are where it runs, for a layer whose parameters are read without a call.
+
+    accelerate's offloading (`device_map` with "cpu" or "disk") keeps them elsewhere and brings them for a call only.
+    """
+    if "_hf_hook" not in layer.__dict__:
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[None] = align_module_device(layer)
+    return context

@@ -340,6 +340,21 @@ def test_unknown_keys_are_refused() -> None:
     assert "architectures" not in encoder.config_dict()["config"]
 
 
+@pytest.mark.parametrize(
+    "key", ["dtype", "torch_dtype", "_name_or_path", "quantization_config", "architectures"]
+)
+def test_keys_that_transformers_adds_change_nothing(key: str) -> None:
+    config = {"family": "siglip", "config": TINY}
+    plain = build_vision_encoder(config).config_dict()
+    assert build_vision_encoder({**config, key: "float16"}).config_dict() == plain
+    inner = {**config, "config": {**TINY, key: "float16"}}
+    assert build_vision_encoder(inner).config_dict() == plain
+    fused = {"family": "fused", "encoders": [config, config]}
+    assert (
+        build_vision_encoder({**fused, key: "x"}).config_dict() == build_vision_encoder(fused).config_dict()
+    )
+
+
 @pytest.mark.parametrize("layer", [5, -6, 100])
 def test_feature_layer_out_of_range(layer: int) -> None:
     with pytest.raises(

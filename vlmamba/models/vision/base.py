@@ -17,6 +17,29 @@ from vlmamba.registry import close_matches
 
 COMMON_KEYS = ("family", "feature_layer", "final_norm", "image_size", "config", "image")
 IMAGE_KEYS = ("mode", "mean", "std", "resample")
+WRITTEN_BY_TRANSFORMERS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+"""Keys that transformers and tools around it write into every config, and that describe no encoder."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -133,13 +156,13 @@ class VisionEncoder(nn.Module, abc.ABC):
 
 
 def check_keys(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Refuse unknown keys.
+    """Refuse unknown keys, but for those that transformers adds.
 
     Raises:
         ConfigError: A key is not in `known`; names close matches.
     """
     for key in config:
-        if key not in known:
+        if key not in known and key not in WRITTEN_BY_TRANSFORMERS:
             raise ConfigError(
                 f"{where}: unknown key {key!r}.{close_matches(str(key), list(known))} Known: "
                 f"{', '.join(known)}."
