@@ -112,7 +112,7 @@ def test_traced_forward_equals_a_counted_one(connector: str) -> None:
     labels = torch.full((2, length), -100)
     labels[:, -supervised:] = 7
     with use_backend("reference"), FlopCounterMode(display=False) as counter:  # it has no matrix product
-        model(input_ids=ids, pixel_values=torch.zeros(2, 3, 16, 16), labels=labels)
+        model(input_ids=ids, pixel_values=torch.zeros(2, 3, 16, 16), labels=labels, logits_to_keep=None)
     shape = StepShape(rows=2, length=length, images=2, supervised=2 * supervised)
     flops = trace_step(model, shape, precision="fp32").flops
     scans = 0  # which the counted forward does not see
