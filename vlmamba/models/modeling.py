@@ -345,6 +345,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -365,6 +366,7 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         cache = one_cache(kwargs)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
             **{CACHE: cache},
