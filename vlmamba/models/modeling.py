@@ -223,7 +223,7 @@ class VLMambaModel(VLMambaPreTrainedModel):
             attention_mask,
             inputs_embeds,
             segments_of_positions(
-                position_ids, attention_mask, seq_idx, cache, _rows(input_ids, inputs_embeds)
+                position_ids, attention_mask, seq_idx, cache, _shape(input_ids, inputs_embeds)
             ),
             cache,
             use_cache,
@@ -311,8 +311,8 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         """
         _refuse_unknown(kwargs)
         cache = one_cache({"cache": cache, "past_key_values": past_key_values})
-        rows = _rows(input_ids, inputs_embeds)
-        seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, rows)
+        shape = _shape(input_ids, inputs_embeds)
+        seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, shape)
         hidden, filled, layers = self._hidden_states(
             input_ids,
             pixel_values,
@@ -418,10 +418,11 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         super().save_pretrained(str(Path(save_directory)), **kwargs)
 
 
-def _rows(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+def _shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
     if (input_ids is None) == (inputs_embeds is None):
         raise ShapeError("give either input_ids or inputs_embeds, and not both")
-    return (inputs_embeds if input_ids is None else input_ids).shape[0]  # type: ignore[union-attr]
+    rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
+    return rows, length
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

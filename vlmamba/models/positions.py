@@ -15,7 +15,11 @@ from vlmamba.models.language.attention import padded_position_ids
 
 
 def segments_of_positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None, seq_idx: Tensor | None, cache: Any, rows: int
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    seq_idx: Tensor | None,
+    cache: Any,
+    shape: tuple[int, int],
 ) -> Tensor | None:
     """The samples (`seq_idx`) that positions tell of.
 
@@ -24,17 +28,22 @@ def segments_of_positions(
         attention_mask: (B, L); then positions must be those of its real tokens.
         seq_idx: Given ones, which say it already.
         cache: With one, positions go on and are not looked at.
-        rows: B.
+        shape: (B, L) of the input.
 
     Returns:
         `seq_idx` (B, L), or None where every row is one sample.
 
     Raises:
-        ShapeError: The positions are neither those of whole rows nor of packed samples.
+        ShapeError: The positions have another shape, or are neither those of whole rows nor of packed samples.
     """
     if position_ids is None or cache is not None:
         return seq_idx
-    position_ids = position_ids.expand(rows, -1)
+    if position_ids.shape not in (shape, (1, shape[1])):
+        raise ShapeError(
+            f"position_ids have shape {tuple(position_ids.shape)} but the input is {shape}; give them that shape, or "
+            f"{(1, shape[1])} for all rows"
+        )
+    position_ids = position_ids.expand(shape)
     first = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
     starts = torch.cat([first, position_ids[:, 1:] != position_ids[:, :-1] + 1], dim=1)
     if seq_idx is None and attention_mask is None:
