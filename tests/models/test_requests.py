@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import DynamicCache
 
 from vlmamba.errors import ConfigError, VLMambaError
 from vlmamba.models.language import family_of
@@ -290,7 +291,7 @@ def reference_texts(request: Request, sample: Sample) -> list[Text]:
     asked = request.generate
     assert asked is not None
     model = model_of(request.family, request.connector)
-    start = embedded(model, sample)
+    start, placeholder = embedded(model, sample), model.config.image_token_id
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     tie = False
     for _ in range(asked.tokens):
@@ -299,7 +300,8 @@ def reference_texts(request: Request, sample: Sample) -> list[Text]:
             later = model.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
             logits = alone(model, torch.cat([start, later], dim=1)).logits[0, -1].double()
             rounding = 8 * asked.tokens * BOUND * logits.abs().max().item()
-            best = logits.log_softmax(0).topk(asked.beams + 1)
+            scores = logits.log_softmax(0).index_fill(0, torch.tensor(placeholder), -torch.inf)
+            best = scores.topk(asked.beams + 1)
             scored += [(score + s, [*tokens, t]) for s, t in zip(*map(Tensor.tolist, best), strict=True)]
         scored.sort(key=lambda one: -one[0])
         tie |= any(a[0] - b[0] < rounding for a, b in pairwise(scored[: asked.beams + 1]))
@@ -527,6 +529,7 @@ def generate_answer(request: Request, samples: Sequence[Sample], table: Tensor) 
         num_return_sequences=asked.sequences,
         eos_token_id=ENDS if asked.ends else NEVER_ENDS,
         pad_token_id=0,
+        suppress_tokens=[model.config.image_token_id],
     )
     return (tokens[:, whole.stop :] if "input_ids" in call else tokens).tolist()
 
@@ -625,10 +628,9 @@ def spoil(request: Request, call: dict[str, Any], model: Any) -> None:
         case "positions too wide":
             call["position_ids"] = torch.arange(width + 1).expand(rows + 1, -1)
         case "a cache of another family":
-            others = {
-                kind_of(family): family for family in FAMILIES if kind_of(family) != kind_of(request.family)
-            }
-            other = sorted(others.values())[request.seed % len(others)]
+            attention = {f for f in FAMILIES if kind_of(f) is DynamicCache}
+            others = sorted(set(FAMILIES) - (attention if request.family in attention else {request.family}))
+            other = others[request.seed % len(others)]
             call |= {"cache": cache_like(other, rows), "attention_mask": ones(rows, 3 + width)}
         case "a cache of other rows":
             call |= {"cache": cache_like(request.family, rows + 1), "attention_mask": ones(rows, 3 + width)}
@@ -661,13 +663,17 @@ def may_refuse(request: Request, table: Tensor) -> bool:
     model = model_of(request.family, request.connector).language_model
     family, real = family_of(model), table >= 0
     asked = request.generate
-    cached = asked.cached if asked else request.use_cache or bool(request.cuts)
+    cached = asked.cached or request.embeds if asked else request.use_cache or bool(request.cuts)
     several = [p.stop - p.start > 1 for p in parts_of(request, table.shape[1])][1:]
+    lonely = [bool(real[:, p].all()) for p in parts_of(request, table.shape[1]) if p.stop - p.start == 1]
     behind = bool((real[:, 1:] < real[:, :-1]).any())
+    between = any("01" in "".join(map(str, row)).lstrip("0") for row in real.int().tolist())
+    between = between or (behind and bool(asked))  # a text goes on behind the padding
     return (
         (bool(request.packed) and family.packs is not True)
         or (family.pads is not True and not bool(real.all()))
-        or (family.continues is not True and cached and behind)
+        or (family.continues is not True and ((cached and behind) or between))
+        or (family.continues is not True and family.stateful and cached and not all(lonely))
         or (model.config.model_type in NEVER and any(several))
     )
 
@@ -706,9 +712,11 @@ def check(request: Request) -> None:
 
 
 def refusable_when_bad(request: Request, raised: Exception) -> bool:
-    """A family that packs nothing says so before anybody looks at shapes."""
+    """A family that packs or continues nothing says so before anybody looks at shapes."""
     family = family_of(model_of(request.family, request.connector).language_model)
-    return isinstance(raised, ConfigError) and "seq_idx" in request.bad and family.packs is not True
+    packs = family.packs is True or "seq_idx" not in request.bad
+    continues = request.family not in NEVER or "cache" not in request.bad
+    return isinstance(raised, ConfigError) and not (packs and continues)
 
 
 def check_values(request: Request, samples: Sequence[Sample], table: Tensor, answer: Answer) -> None:
