@@ -35,7 +35,7 @@ from vlmamba.models.language import (
 from vlmamba.models.language.loading import restore_buffers
 from vlmamba.models.language.loss import next_token_loss, select_rows
 from vlmamba.models.language.versions import CACHE, one_cache
-from vlmamba.models.positions import check_boundaries, segments_of_positions
+from vlmamba.models.positions import samples_of_rows
 from vlmamba.models.vision import build_vision_encoder
 from vlmamba.models.vision.base import VisionEncoder
 from vlmamba.ssm.mixer import FP32_PARAMETERS
@@ -219,9 +219,8 @@ class VLMambaModel(VLMambaPreTrainedModel):
             `last_hidden_state` (B, L, D), after the language model's last norm, the cache and `hidden_states`.
         """
         cache = one_cache({"cache": cache, "past_key_values": past_key_values})
-        rows, length = _shape(input_ids, inputs_embeds)
-        seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, rows)
-        check_boundaries(kwargs, seq_idx, rows, length)
+        shape = _shape(input_ids, inputs_embeds)
+        seq_idx = samples_of_rows(position_ids, attention_mask, seq_idx, cache, shape, kwargs)
         _refuse_unknown(kwargs)
         hidden, filled, layers = self._hidden_states(
             input_ids,
@@ -314,9 +313,8 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             ConfigError: The language model cannot do this exactly.
         """
         cache = one_cache({"cache": cache, "past_key_values": past_key_values})
-        rows, length = _shape(input_ids, inputs_embeds)
-        seq_idx = segments_of_positions(position_ids, attention_mask, seq_idx, cache, rows)
-        check_boundaries(kwargs, seq_idx, rows, length)
+        shape = _shape(input_ids, inputs_embeds)
+        seq_idx = samples_of_rows(position_ids, attention_mask, seq_idx, cache, shape, kwargs)
         _refuse_unknown(kwargs)
         hidden, filled, layers = self._hidden_states(
             input_ids,
@@ -350,9 +348,9 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         cuda_graphs: bool = False,
         **kwargs: Any,
@@ -372,8 +370,8 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         cache = one_cache(kwargs)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
-            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
             **{CACHE: cache},
             **kwargs,

@@ -14,27 +14,65 @@ from vlmamba.errors import ShapeError
 from vlmamba.models.language.attention import padded_position_ids
 
 
-def segments_of_positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None, seq_idx: Tensor | None, cache: Any, rows: int
+def samples_of_rows(
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    seq_idx: Tensor | None,
+    cache: Any,
+    shape: tuple[int, int],
+    kwargs: dict[str, Any],
 ) -> Tensor | None:
-    """The samples (`seq_idx`) that positions tell of.
+    """The samples (`seq_idx`) that rows are packed from, in whichever words they were told.
+
+    Args:
+        position_ids: See `_of_positions`.
+        attention_mask: Likewise.
+        seq_idx: Likewise.
+        cache: Likewise.
+        shape: (B, L) of the input.
+        kwargs: Further arguments; FlashAttention's words (`FLASH_NAMES`) are taken out of them.
+
+    Returns:
+        `seq_idx` (B, L), or None where every row is one sample.
+
+    Raises:
+        ShapeError: The words do not fit together.
+    """
+    samples = _of_positions(position_ids, attention_mask, seq_idx, cache, shape)
+    _check_boundaries(kwargs, samples, *shape)
+    return samples
+
+
+def _of_positions(
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    seq_idx: Tensor | None,
+    cache: Any,
+    shape: tuple[int, int],
+) -> Tensor | None:
+    """The samples that positions tell of.
 
     Args:
         position_ids: (B, L), or (1, L) for all rows.
         attention_mask: (B, L); then positions must be those of its real tokens.
         seq_idx: Given ones, which say it already.
         cache: With one, positions go on and are not looked at.
-        rows: B.
+        shape: (B, L) of the input.
 
     Returns:
         `seq_idx` (B, L), or None where every row is one sample.
 
     Raises:
-        ShapeError: The positions are neither those of whole rows nor of packed samples.
+        ShapeError: The positions have another shape, or are neither those of whole rows nor of packed samples.
     """
     if position_ids is None or cache is not None:
         return seq_idx
-    position_ids = position_ids.expand(rows, -1)
+    if position_ids.shape not in (shape, (1, shape[1])):
+        raise ShapeError(
+            f"position_ids have shape {tuple(position_ids.shape)} but the input is {shape}; give them that shape, or "
+            f"{(1, shape[1])} for all rows"
+        )
+    position_ids = position_ids.expand(shape)
     first = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
     starts = torch.cat([first, position_ids[:, 1:] != position_ids[:, :-1] + 1], dim=1)
     if seq_idx is None and attention_mask is None:
@@ -64,7 +102,7 @@ FLASH_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """FlashAttention's words for packed rows, which trainers without padding pass along with positions."""
 
 
-def check_boundaries(kwargs: dict[str, Any], seq_idx: Tensor | None, rows: int, length: int) -> None:
+def _check_boundaries(kwargs: dict[str, Any], seq_idx: Tensor | None, rows: int, length: int) -> None:
     """Take FlashAttention's words out of keyword arguments; they must say what `seq_idx` says.
 
     Args:

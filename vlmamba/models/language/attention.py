@@ -156,12 +156,11 @@ def _packed_masks(
     }
 
 
-def packed_position_ids(seq_idx: torch.Tensor) -> torch.Tensor:
-    """Positions (B, L) that restart at 0 where `seq_idx` changes."""
-    columns = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
-    starts = torch.ones_like(seq_idx, dtype=torch.bool)
-    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return columns - torch.where(starts, columns, 0).cummax(dim=1).values
+def packed_position_ids(seq_idx: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Positions (B, L) that count the real tokens of every sample from 0."""
+    real = torch.ones_like(seq_idx) if attention_mask is None else attention_mask
+    earlier = (seq_idx[:, :, None] == seq_idx[:, None, :]) & (real != 0)[:, None, :]
+    return (earlier.tril().sum(dim=-1) - 1).clamp(min=0)
 
 
 def padded_position_ids(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -181,13 +180,16 @@ def run(
 ) -> LanguageOutput:
     """See `families.run_language_model`."""
     batch, length = inputs_embeds.shape[:2]
+    past = 0
     if cache is not None:
         check_cache(model, cache, Cache)
-    past = 0 if cache is None else int(cache.get_seq_length())
+        past = int(cache.get_seq_length())
+        if past:
+            check_rows(cache.layers[0].keys.shape[0], batch)
     position_ids = None
     if seq_idx is not None:
         _check_packed(model, seq_idx, (batch, length), past)
-        position_ids = packed_position_ids(seq_idx)
+        position_ids = packed_position_ids(seq_idx, attention_mask)
         attention_mask = _packed_masks(model.config, seq_idx, inputs_embeds.dtype, attention_mask)
     elif attention_mask is not None:
         if attention_mask.shape != (batch, past + length):
@@ -196,8 +198,7 @@ def run(
                 f"{(batch, past + length)}: {past} cached columns and {length} new ones"
             )
         position_ids = padded_position_ids(attention_mask, length)
-        if (use_cache or past) and length > 1 and family_of(model).continues is not True:
-            check_padded_left(model, attention_mask)
+        check_padding(model, attention_mask, cached=use_cache or past > 0)
     elif past:
         position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
     return call_decoder(
@@ -225,14 +226,22 @@ def call_decoder(
     return LanguageOutput(output.last_hidden_state, filled, output.get("hidden_states"))
 
 
-def check_padded_left(model: Any, attention_mask: torch.Tensor) -> None:
-    """Raise where a row on a cache has padding behind a token.
+def check_padding(model: Any, attention_mask: torch.Tensor, *, cached: bool) -> None:
+    """Raise on padding between the tokens of a row; on a cache, where more may follow, also on padding behind them.
 
     Raises:
-        ConfigError: It has, and the family cannot continue that.
+        ConfigError: There is some, and the family cannot have it.
     """
-    if bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
-        require(family_of(model).continues, model.config, "padding behind tokens on a cache")
+    verdict = family_of(model).continues
+    if verdict is True:
+        return
+    real = (attention_mask != 0).int()
+    if cached and bool((real[:, 1:] < real[:, :-1]).any()):
+        require(verdict, model.config, "padding behind tokens on a cache")
+    if bool(
+        (real.diff(dim=1).abs().sum(dim=1) + real[:, 0] + real[:, -1] > 2).any()
+    ):  # several runs of tokens
+        require(verdict, model.config, "padding between tokens")
 
 
 def _check_packed(model: Any, seq_idx: torch.Tensor, shape: tuple[int, int], past: int) -> None:
@@ -274,13 +283,28 @@ def put_cache(
         model_kwargs[CACHE] = make() if given is None else given
 
 
-def check_cache(model: Any, cache: Any, kind: type) -> None:
-    """Raise on another kind of cache.
+def check_rows(held: int, batch: int) -> None:
+    """Raise on a cache of other rows.
 
     Raises:
         ShapeError: It is one.
     """
-    if not isinstance(cache, kind):
+    if held != batch:
+        raise ShapeError(
+            f"the cache holds {held} rows but the input has {batch}; pass a fresh cache, or repeat or select its rows "
+            "first (batch_repeat_interleave, batch_select_indices)"
+        )
+
+
+def check_cache(model: Any, cache: Any, kind: type) -> None:
+    """Raise on another kind of cache; one that also holds states is another kind than one of keys alone.
+
+    Raises:
+        ShapeError: It is one.
+    """
+    from vlmamba.models.language.recurrent import StateCache  # which stands on this module
+
+    if not isinstance(cache, kind) or (kind is Cache and isinstance(cache, StateCache)):
         raise ShapeError(
             f"the cache is a {type(cache).__name__}, but {model.config.model_type} continues a {kind.__name__}; pass "
             "the cache that an earlier call returned, or none"

@@ -54,7 +54,8 @@ class LanguageFamily:
         serves: Whether it can be used at all.
         packs: Whether samples packed into one row (`seq_idx`) are exactly those samples alone.
         pads: Whether padded rows, on either side, are exactly the rows alone.
-        continues: Whether several tokens at once may go onto the cache of a batch, with padding anywhere.
+        continues: Whether several tokens at once may go onto the cache of a batch, with padding anywhere, and whether
+            padding may stand between the tokens of a row at all.
     """
 
     build: Callable[[Any], Any]

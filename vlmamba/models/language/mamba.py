@@ -151,9 +151,20 @@ class MambaLM(PreTrainedModel, GenerationMixin):
         batch, length = inputs_embeds.shape[:2]
         if seq_idx is not None and seq_idx.shape != (batch, length):
             raise ShapeError(f"seq_idx has shape {tuple(seq_idx.shape)} but the input is {(batch, length)}")
+        if seq_idx is not None and cache is not None and cache.get_seq_length():
+            raise ShapeError(
+                f"seq_idx was given with a cache of {cache.get_seq_length()} tokens; a packed row starts without a "
+                "cache, so pass seq_idx or a cache, not both"
+            )
         moved = None
         if attention_mask is not None:
             moved = RealFirst.from_mask(attention_mask, length)
+            past = 0 if cache is None else cache.get_seq_length()
+            if attention_mask.shape not in ((batch, length), (batch, past + length)):
+                raise ShapeError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)} but the input is {(batch, length)}, with "
+                    f"{past} columns on the cache; cover the input, or both"
+                )
             inputs_embeds = moved.apply(inputs_embeds)
             seq_idx = None if seq_idx is None else moved.apply(seq_idx)
         state = before = None

@@ -25,7 +25,8 @@ from vlmamba.models.language.attention import (
     build,
     call_decoder,
     check_cache,
-    check_padded_left,
+    check_padding,
+    check_rows,
     layer_kinds,
     load,
     padded_position_ids,
@@ -67,11 +68,17 @@ class StateCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
+        self.model_type = config.model_type
         self.columns = self.rows = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of columns seen, the same for all layers."""
         return self.columns
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let row i continue from what was row ``beam_idx[i]``; there may be more or fewer of them."""
+        super().reorder_cache(beam_idx)
+        self.rows = len(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows only; layers of states know beams alone, which are chosen in the same way."""
@@ -104,6 +111,13 @@ def run(
         cache = StateCache(model.config)
     if cache is not None:
         check_cache(model, cache, StateCache)
+        if cache.model_type != model.config.model_type:
+            raise ShapeError(
+                f"the cache is one of {cache.model_type} but the model is {model.config.model_type}; pass the cache "
+                "that an earlier call returned, or none"
+            )
+        if cache.rows:
+            check_rows(cache.rows, batch)
     past = 0 if cache is None else cache.columns
     if past and length > 1 and model.config.model_type in NEVER:
         require(family_of(model).continues, model.config, "several tokens onto a cache")
@@ -115,8 +129,9 @@ def run(
                 f"attention_mask has shape {tuple(attention_mask.shape)} but {model.config.model_type} needs "
                 f"{(batch, past + length)}: {past} cached columns and {length} new ones"
             )
-        if cache is not None and length > 1:
-            check_padded_left(model, attention_mask)
+        check_padding(model, attention_mask, cached=cache is not None)
+        if cache is not None and length == 1 and not bool(attention_mask[:, -1].all()):
+            require(family_of(model).continues, model.config, "padding in a step of one token")
         position_ids = padded_position_ids(attention_mask, length)
         if layer_kinds(model.config) == {"LinearAttentionLayer"}:  # no layer looks at earlier columns
             attention_mask = attention_mask[:, past:]
