@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 
 import vlmamba.models  # noqa: F401 - registers the Auto classes
 from vlmamba.errors import ConfigError, MissingDependencyError
+from vlmamba.models import VLMambaForConditionalGeneration, builder
 from vlmamba.models.builder import build_model, load_model
 from vlmamba.models.language import build_language_model
 from vlmamba.testing.families import tiny_config
@@ -72,6 +73,34 @@ def test_a_llama_built_by_a_recipe_is_causal(make_config, use_language, attentio
         torch.testing.assert_close(
             again(input_ids=ids, pixel_values=pixels).logits, whole, atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_model_that_sees_its_answers_is_not_built(make_config, use_language, monkeypatch, tmp_path):
+    """What happened once: joining the parts took the language model's mask away."""
+    config = make_config(use_language("llama"))
+    model, processor = build_model(config.model)
+    export_model(model, processor, tmp_path / "export")
+    join = builder._model_config
+
+    def blind(*parts):
+        made = join(*parts)
+        made.text_config._attn_implementation = None
+        return made
+
+    monkeypatch.setattr(builder, "_model_config", blind)
+    with pytest.raises(ConfigError, match=r"'llama' sees what comes later: .*attn_implementation is None"):
+        build_model(config.model)
+
+    load = VLMambaForConditionalGeneration.from_pretrained.__func__
+
+    def load_blind(cls, *args, **kwargs):
+        loaded, info = load(cls, *args, **kwargs)
+        loaded.language_model.config._attn_implementation = None
+        return loaded, info
+
+    monkeypatch.setattr(VLMambaForConditionalGeneration, "from_pretrained", classmethod(load_blind))
+    with pytest.raises(ConfigError, match="sees what comes later"):
+        load_model(tmp_path / "export")
 
 
 def test_attention_may_be_changed_later(make_config, use_language):

@@ -42,6 +42,7 @@ from vlmamba.models.language.state_spaces import (
     transformers_name,
 )
 from vlmamba.registry import close_matches
+from vlmamba.ssm.mixer import keeps_fp32
 
 TARGETS = ("transformers", "state-spaces", "llava", "prismatic")
 CONNECTOR_FILE = "connector.safetensors"
@@ -321,8 +322,12 @@ def _write_prismatic(parts: Parts, directory: Path) -> None:
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """In another dtype, but for what a Mamba layer keeps in float32."""
     return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+        name: tensor.to(torch.float32 if keeps_fp32(name) else dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in state.items()
     }
 
 

@@ -10,6 +10,7 @@ Shape legend: B batch, L length, D model width, E inner width, N state size, K c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -36,6 +37,12 @@ FP32_PARAMETERS = (r"\.A_log$", r"\.D$", r"\.dt_proj\.bias$")
 """Names (regular expressions) of what a layer keeps in float32 in a half-precision model: a rounded A or time step
 changes how long the state remembers, and they are a tiny part of the model. mamba_simple.py of state-spaces/mamba keeps
 A and D so, too; the bias of the time steps lies between -7 and -2, where bfloat16 moves a time step by up to 1.6 %."""
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether a parameter is one of `FP32_PARAMETERS`, also inside a layer that an adapter wraps."""
+    plain = name.replace(".base_layer.", ".")
+    return any(re.search(pattern, plain) for pattern in FP32_PARAMETERS)
 
 
 class TimeStepProjection(nn.Linear):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
-from vlmamba.ssm.mixer import FP32_PARAMETERS
+from vlmamba.ssm.mixer import keeps_fp32
 from vlmamba.training.init_from import CONNECTOR
 from vlmamba.training.lora import ADAPTER, has_adapters, merged_state, save_adapter
 from vlmamba.training.run_dir import whole_directory, write_errors
@@ -76,8 +75,3 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
             json.dumps(description, indent=2) + "\n", encoding="utf-8"
         )
     return directory
-
-
-def keeps_fp32(name: str) -> bool:
-    """Whether a parameter stays in float32 in a half-precision export."""
-    return any(re.search(pattern, name) for pattern in FP32_PARAMETERS)

@@ -16,13 +16,13 @@ from typing import Any
 
 from vlmamba.errors import ConfigError
 from vlmamba.models.builder import build_meta_model
+from vlmamba.ssm.mixer import keeps_fp32
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import plan_settings
 from vlmamba.training.flops import FlopCount, peak_of
 from vlmamba.training.parallel.fsdp2 import blocks
 from vlmamba.training.parallel.zero import zero_sizes
 from vlmamba.training.parts import set_modes
-from vlmamba.training.precision import keeps_fp32
 from vlmamba.training.tracing import StepShape, StepTrace, trace_step
 
 GIB = float(2**30)

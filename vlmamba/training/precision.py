@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Frozen, but read in fp32 by the scan whatever the precision: a rounded A or step size changes how long the
-# state remembers, and together they are a tiny part of the model.
-KEEP_FP32 = ("A_log", "D", "dt_proj.bias")
+from vlmamba.ssm.mixer import keeps_fp32
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -19,15 +17,11 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def keeps_fp32(name: str) -> bool:
-    """Whether a parameter is held in fp32 though it is frozen, or cut; also inside an adapted layer."""
-    return name.replace(".base_layer.", ".").endswith(KEEP_FP32)
-
-
 def set_precision(model: nn.Module, precision: str) -> None:
     """Hold what trains in fp32 (the master weights) and, under bf16, what is frozen in bf16.
 
-    Parameters keep their identity, so tied ones stay tied.
+    What the scan reads in fp32 (`vlmamba.ssm.mixer.FP32_PARAMETERS`) stays so. Parameters keep their identity, so
+    tied ones stay tied.
     """
     frozen_dtype = compute_dtype(precision)
     for name, parameter in model.named_parameters():

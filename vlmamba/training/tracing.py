@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmamba.models.language import language_logits, run_language_model
 from vlmamba.models.language.loss import summed_loss
+from vlmamba.ssm.mixer import keeps_fp32
 from vlmamba.ssm.registry import use_backend
 from vlmamba.training.flops import counting
-from vlmamba.training.precision import autocast, keeps_fp32
+from vlmamba.training.precision import autocast
 
 FORWARD = ("images", "language", "loss")
 BACKWARD = ("loss backward", "language backward", "images backward")

@@ -3,7 +3,7 @@
 Every repeated block is a group that is gathered in one message and, after its backward, reduced and cut in one. Under
 bf16 the blocks are gathered in bf16 from fp32 masters, and gradients are reduced in fp32. Replicated, not cut:
 - what is frozen, such as the encoder or the weights under adapters (unless `sharding.shard_frozen`);
-- under bf16, the parameters that the scan reads in fp32 (`KEEP_FP32`, a few MB), whose gradients are summed here.
+- under bf16, the parameters that the scan reads in fp32 (`FP32_PARAMETERS`, a few MB), whose gradients are summed here.
 
 With `sharding.shard` = "grads" a block stays gathered from its forward to its backward, "full" gathers it twice.
 Source of the interface: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import nn
 
 from vlmamba.errors import ConfigError
+from vlmamba.ssm.mixer import keeps_fp32
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.parallel.group import GroupParallel
 from vlmamba.training.parallel.launch import Launch
-from vlmamba.training.precision import keeps_fp32
 
 
 class FSDP2(GroupParallel):
