@@ -12,14 +12,11 @@ from vlmamba.models.language import (
     MambaLM,
     build_language_model,
     language_family,
-    language_logits,
     load_language_model,
     prepare_generation_cache,
     run_language_model,
 )
 from vlmamba.models.language.versions import CACHE
-
-LENGTHS = (4, 11, 7)
 
 
 def llama_config(**changes: object) -> LlamaConfig:
@@ -35,15 +32,6 @@ def llama_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**(fields | changes))
 
 
-@pytest.fixture(params=["mamba", "llama", "llama eager"])
-def model(request, config):
-    torch.manual_seed(0)
-    if request.param == "mamba":
-        return build_language_model(config()).eval()
-    attention = "eager" if "eager" in request.param else "sdpa"
-    return build_language_model(llama_config(attn_implementation=attention)).eval()
-
-
 def embed(model, ids):
     return model.get_input_embeddings()(ids)
 
@@ -53,54 +41,6 @@ def test_the_config_decides(config):
     assert type(build_language_model(llama_config())) is LlamaForCausalLM
     assert language_family(config()).stateful
     assert not language_family(llama_config()).stateful
-
-
-def test_head_of_hidden_states_is_the_models_logits(model, ids):
-    output = run_language_model(model, inputs_embeds=embed(model, ids))
-    assert output.cache is None
-    torch.testing.assert_close(language_logits(model, output.hidden), model(ids).logits)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_batch_equals_singles_and_decodes_on(model, ids, side):
-    rows = torch.full_like(ids, 9)
-    mask = torch.zeros_like(ids)
-    for row, n in enumerate(LENGTHS):
-        where = slice(0, n) if side == "right" else slice(11 - n, None)
-        rows[row, where], mask[row, where] = ids[row, :n], 1
-    hidden, cache, _ = run_language_model(
-        model, inputs_embeds=embed(model, rows), attention_mask=mask, use_cache=True
-    )
-    step = torch.tensor([[5], [6], [7]])
-    longer = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
-    after, again, _ = run_language_model(
-        model, inputs_embeds=embed(model, step), attention_mask=longer, cache=cache
-    )
-    assert again is cache
-    assert cache.get_seq_length() == 12
-    for row, n in enumerate(LENGTHS):
-        text = torch.cat([ids[row : row + 1, :n], step[row : row + 1]], dim=1)
-        alone = run_language_model(model, inputs_embeds=embed(model, text)).hidden
-        torch.testing.assert_close(hidden[row][mask[row] == 1], alone[0, :n], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(after[row, 0], alone[0, n], atol=1e-5, rtol=1e-5)
-
-
-def test_packed_equals_separate(model, ids):
-    row = torch.cat([ids[i, :n] for i, n in enumerate(LENGTHS)] + [torch.tensor([9, 9])])[None]
-    seq_idx = torch.repeat_interleave(torch.tensor([0, 1, 2, -1]), torch.tensor([*LENGTHS, 2]))[None].int()
-    embeds = embed(model, row).detach().requires_grad_()
-    packed = run_language_model(
-        model, inputs_embeds=embeds, seq_idx=seq_idx, attention_mask=(seq_idx >= 0).long()
-    ).hidden
-    singles = [
-        run_language_model(model, inputs_embeds=embed(model, ids[i : i + 1, :n])).hidden
-        for i, n in enumerate(LENGTHS)
-    ]
-    torch.testing.assert_close(packed[0, :22], torch.cat(singles, dim=1)[0], atol=1e-5, rtol=1e-5)
-    packed[0, 4:15].sum().backward()  # the second sample
-    assert (embeds.grad[0, :4] == 0).all()
-    assert (embeds.grad[0, 15:] == 0).all()
-    assert embeds.grad[0, 4:15].abs().sum() > 0
 
 
 def test_bad_packing(ids, config):
