@@ -246,6 +246,8 @@ MARKED = [page for page in PAGES if any(mark == "run" for mark, _, _ in blocks(p
 
 @pytest.mark.parametrize("page", MARKED, ids=lambda p: p.name)
 def test_marked_code_runs(page, workplace, capsys):
+    if page.name == "trl.md":
+        pytest.importorskip("trl")
     names: dict = {"__name__": "__main__"}
     for mark, _, code in blocks(page, "python"):
         if mark == "run":
