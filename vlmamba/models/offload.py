@@ -20,7 +20,11 @@ def fetch_mixers_whole(model: nn.Module) -> None:
         hook = _offloading(getattr(mixer, "_hf_hook", None))
         if hook is None:
             continue
-        from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+        from accelerate.hooks import (  # type: ignore[import-untyped]
+            AlignDevicesHook,
+            add_hook_to_module,
+            remove_hook_from_module,
+        )
 
         remove_hook_from_module(mixer, recurse=True)
         whole = AlignDevicesHook(
