@@ -248,6 +248,7 @@ MARKED = [page for page in PAGES if any(mark == "run" for mark, _, _ in blocks(p
 def test_marked_code_runs(page, workplace, capsys):
     if page.name == "trl.md":
         pytest.importorskip("trl")
+        pytest.importorskip("transformers", minversion="5.18")  # as the page says
     names: dict = {"__name__": "__main__"}
     for mark, _, code in blocks(page, "python"):
         if mark == "run":

@@ -35,6 +35,7 @@ from vlmamba.models.language import (
 from vlmamba.models.language.loading import restore_buffers
 from vlmamba.models.language.loss import next_token_loss, select_rows
 from vlmamba.models.language.versions import CACHE, one_cache
+from vlmamba.models.offload import check_disk
 from vlmamba.models.positions import samples_of_rows
 from vlmamba.models.vision import build_vision_encoder
 from vlmamba.models.vision.base import VisionEncoder
@@ -105,7 +106,9 @@ class VLMambaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; buffers that are not saved are worked out again."""
         loaded = super().from_pretrained(*args, **kwargs)
-        restore_buffers((loaded[0] if isinstance(loaded, tuple) else loaded).language_model)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_disk(model)
+        restore_buffers(model.language_model)
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
