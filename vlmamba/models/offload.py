@@ -9,13 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
+from vlmamba.errors import ConfigError
 from vlmamba.ssm.mixer import MambaMixer
 
+_TIED_ON_DISK = "1.15"
+"""accelerate before it gives layers the weights of tied embeddings that come from disk."""
 
-def fetch_mixers_whole(model: nn.Module) -> None:
-    """Let offloaded Mamba layers be fetched with all their parts; nothing happens to a model without such."""
+
+def fetch_mixers_whole(model: Any) -> None:
+    """Let offloaded Mamba layers be fetched with all their parts; nothing happens to a model without such.
+
+    Raises:
+        ConfigError: Weights would be mixed up by the installed accelerate.
+    """
+    if "disk" in (getattr(model, "hf_device_map", None) or {}).values() and model.config.tie_word_embeddings:
+        _require_accelerate()
     for mixer in [module for module in model.modules() if isinstance(module, MambaMixer)]:
         hook = _offloading(getattr(mixer, "_hf_hook", None))
         if hook is None:
@@ -37,6 +45,18 @@ def fetch_mixers_whole(model: nn.Module) -> None:
             tied_params_map=hook.tied_params_map,
         )
         add_hook_to_module(mixer, whole)
+
+
+def _require_accelerate() -> None:
+    import accelerate  # type: ignore[import-untyped]
+    from packaging.version import Version  # as transformers has it
+
+    if Version(accelerate.__version__) < Version(_TIED_ON_DISK):
+        raise ConfigError(
+            f"parts on disk (device_map) of a model whose head is its embeddings need accelerate {_TIED_ON_DISK} or "
+            f"newer, which does not mix up their weights; installed is {accelerate.__version__}: upgrade it, or load "
+            "without a disk part"
+        )
 
 
 def _offloading(hook: Any) -> Any:
