@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 import vlmamba.models  # noqa: F401  (registers vlmamba with the Auto classes)
+from vlmamba.errors import ConfigError
 from vlmamba.testing import tiny_model
 
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
+OLD = Version(accelerate.__version__) < Version("1.15")
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 CHAT = [
     {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "\nWhat?"}]}
@@ -41,6 +44,10 @@ def test_parts_on_disk_change_nothing(tmp_path, connector, language):
     most = {"vision_tower": "cpu", "multi_modal_projector": "disk", "language_model": "disk"}
     half = {"vision_tower": "disk", "multi_modal_projector": "disk", "language_model": "cpu"}
     for number, places in enumerate((most, half)):
+        if OLD and language == "mamba":
+            with pytest.raises(ConfigError, match=r"need accelerate 1.15 or newer"):
+                load(tmp_path / "export", device_map=places, offload_folder=tmp_path / str(number))
+            continue
         away = load(tmp_path / "export", device_map=places, offload_folder=tmp_path / str(number))
         assert any(parameter.is_meta for parameter in away.parameters())
         assert torch.equal(away(**batch).logits, model(**batch).logits)
@@ -50,10 +57,10 @@ def test_parts_on_disk_change_nothing(tmp_path, connector, language):
 @pytest.mark.parametrize("connector", CONNECTORS)
 @torch.no_grad()
 def test_any_split_between_memory_and_disk_changes_nothing(tmp_path, connector):
-    model, batch = saved(tmp_path / "export", connector, "mamba")
+    model, batch = saved(tmp_path / "export", connector, "llama" if OLD else "mamba")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     wanted = model(**batch).logits
-    for tenths in range(3, 10, 2):
+    for tenths in range(5 if OLD else 1, 10, 2):
         memory = {"cpu": size * tenths // 10}
         options = {"device_map": "auto", "max_memory": memory, "offload_folder": tmp_path / str(tenths)}
         assert torch.equal(load(tmp_path / "export", **options)(**batch).logits, wanted), memory
