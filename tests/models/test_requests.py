@@ -83,6 +83,7 @@ class Request:
     wider: int = 0  # columns of padding that no row needs
     packed: str = ""  # "", by "seq_idx" or by "position_ids"
     split: int = 0  # samples of the first of two packed rows
+    shares: bool = False  # masked padding has the number of the sample in front of it, not one of its own
     mask: bool = False  # given even where every column is a token
     bool_mask: bool = False
     positions: bool = False  # given where they follow from something else
@@ -155,6 +156,7 @@ def requests(draw: Callable[..., Any], families: Sequence[str] = FAMILIES) -> Re
         **common,
         packed=packed,
         split=draw(st.integers(0, 3)) if packed else 0,
+        shares=bool(packed) and flag(),
         positions=flag(),
         embeds=flag(),
         labels=not cuts and flag(),
@@ -382,7 +384,9 @@ class Inputs:
         sample = self.fill(now, self.sample, -1)
         needed = bool((seen < 0).any())
         if request.packed:  # padding may also be one more sample, unless it stands within one
-            needed = needed and request.padding == "inner"
+            needed = needed and (request.padding == "inner" or request.shares)
+            if needed and request.shares:
+                sample = sample.cummax(dim=1).values
             given["seq_idx"] = sample.int()
         elif columns.start and not family_of(self.model.language_model).needs_mask_after_prompt:
             needed = bool((now < 0).any())
