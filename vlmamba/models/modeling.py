@@ -363,7 +363,8 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
         `cuda_graphs` is an argument of `generate`, read where the cache is made (`models/language/decode.py`).
 
         Raises:
-            ShapeError: `seq_idx` was given; the samples of a packed row cannot be continued.
+            ShapeError: `seq_idx` was given; the samples of a packed row cannot be continued. Or a cache that leaves
+                nothing of the prompt.
         """
         if kwargs.pop("seq_idx", None) is not None:
             raise ShapeError(
@@ -371,6 +372,13 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             )
         kwargs.pop("tokenizer", None)  # that of stop_strings, which generate lets through
         cache = one_cache(kwargs)
+        held = 0 if cache is None else cache.get_seq_length()
+        columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if is_first_iteration and held and held >= columns:
+            raise ShapeError(
+                f"the cache holds {held} columns and the prompt has {columns}: generate takes the whole prompt, and "
+                "a cache of its first columns that leaves one at least, whose logits it needs"
+            )
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -428,8 +436,14 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
 def _shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
     if (input_ids is None) == (inputs_embeds is None):
         raise ShapeError("give either input_ids or inputs_embeds, and not both")
-    rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
-    return rows, length
+    name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+    assert given is not None
+    if given.dim() != 2 + (input_ids is None) or not given.numel():
+        raise ShapeError(
+            f"{name} have shape {tuple(given.shape)}, but there must be a row and a column at least: "
+            f"({'B, L' if input_ids is not None else 'B, L, D'})"
+        )
+    return given.shape[0], given.shape[1]
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
