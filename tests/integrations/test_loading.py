@@ -90,7 +90,7 @@ def test_four_bits_are_the_model_of_the_rounded_weights(tmp_path, language):
     small = load(tmp_path / "export", quantization_config=options, device_map="cpu")
     before = model(**batch).logits
     model, count = dequantised(model, small)
-    assert count >= 20
+    assert count >= 15  # not what stays in fp32
     wanted = model(**batch).logits
     assert float((before - wanted).norm() / before.norm()) > 0.02, "rounding to four bits must be seen"
     torch.testing.assert_close(small(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
