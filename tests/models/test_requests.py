@@ -709,7 +709,8 @@ def check(request: Request) -> str:
     except (VLMambaError, TypeError) as raised:
         if request.bad:
             wanted = TypeError if request.bad == "an unknown argument" else ShapeError
-            assert isinstance(raised, wanted) or refusable_when_bad(request, raised), raised
+            said_no = isinstance(raised, ConfigError) and (refusable or says_no_first(request))
+            assert isinstance(raised, wanted) or said_no, raised
         else:
             assert refusable, f"a good request was refused: {raised}"
             assert isinstance(raised, ConfigError), raised
@@ -722,12 +723,12 @@ def check(request: Request) -> str:
         return check_texts(request, samples, answer)
 
 
-def refusable_when_bad(request: Request, raised: Exception) -> bool:
+def says_no_first(request: Request) -> bool:
     """A family that packs or continues nothing says so before anybody looks at shapes."""
     family = family_of(model_of(request.family, request.connector).language_model)
     packs = family.packs is True or "seq_idx" not in request.bad
     continues = request.family not in NEVER or "cache" not in request.bad
-    return isinstance(raised, ConfigError) and not (packs and continues)
+    return not (packs and continues)
 
 
 def check_values(request: Request, samples: Sequence[Sample], table: Tensor, answer: Answer) -> None:
