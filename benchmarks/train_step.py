@@ -175,8 +175,9 @@ def their_model(ours: VLMambaForConditionalGeneration) -> Any:
     theirs.model.vision_tower.eval()
 
     def add_cache(module: nn.Module, args: Any, output: Any) -> Any:
-        object.__setattr__(output, "past_key_values", None)
-        object.__setattr__(output, "attentions", None)
+        for name in ("past_key_values", "attentions"):
+            if not hasattr(output, name):
+                object.__setattr__(output, name, None)
         return output
 
     theirs.model.language_model.register_forward_hook(add_cache)

@@ -30,7 +30,7 @@ from vlmamba.training.config import TrainConfig
 STAGES = ("pretrain", "finetune")
 """Functions of a recipe, in the order in which they run; a recipe may lack one."""
 Kind = Literal["train", "eval", "speed"]
-ADDED: dict[str, Any] = {"batch.tokens_per_step": None}
+ADDED: dict[str, Any] = {"batch.tokens_per_step": None, "model.language.attention": None}
 """Settings that came after the first tables were run, with the value at which nothing is as it was not before: there
 they are no part of an id, so that finished runs are still found. A new setting of `TrainConfig` belongs here."""
 SAMPLED_BYTES = 1 << 16
