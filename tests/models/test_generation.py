@@ -122,6 +122,9 @@ def test_hidden_states_of_every_step_are_those_of_the_whole(parts):
         whole = model(
             input_ids=out.sequences[:, :-1], pixel_values=row["pixel_values"], output_hidden_states=True
         )
+        embeds = model.embed(out.sequences[:, :-1], row["pixel_values"])
+        own = model.language_model(inputs_embeds=embeds, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(whole.hidden_states, own, rtol=1e-4, atol=1e-5)
     for layer in range(layers):
         steps = torch.cat([step[layer] for step in out.hidden_states], dim=1)
         torch.testing.assert_close(steps, whole.hidden_states[layer], rtol=1e-3, atol=1e-4)

@@ -224,6 +224,8 @@ def test_rows_and_masks_of_a_batch_are_those_of_each_conversation(chats, side):
         assert ids[real].tolist() == encoded.input_ids
         assert labels[real].tolist() == encoded.labels
         assert (labels[~real] == -100).all()
+        answers = [(f" {answer}" if answer else "") + "<|endoftext|>" for _, _, answer in chats[row]]
+        assert decode(processor, encoded.labels) == "".join(answers)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

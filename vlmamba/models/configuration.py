@@ -29,9 +29,8 @@ class VLMambaConfig(PreTrainedConfig):
     model_type = "vlmamba"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - transformers' own attribute
     has_no_defaults_at_init = True
-    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {}
-    )  # no code comes with a checkpoint; TRL looks here
+    # No code comes with a checkpoint; TRL looks here for it.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # What a Trainer's evaluation does not gather; it wants a list.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
