@@ -195,6 +195,7 @@ def test_an_unknown_piece_is_named(gpu_check, capsys):
     assert "unknown piece 'scam'; there are parity, scan, layer, train, decode" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_it_needs_core_packages_only(tmp_path):
     """As on an image that has torch and transformers and little else."""
     missing = ["datasets", "open_clip", "timm", "peft", "accelerate", "matplotlib", "sklearn", "skimage"]

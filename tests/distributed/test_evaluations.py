@@ -96,6 +96,7 @@ def check(
             assert "measure.py:broken failed on rank 1: ValueError: no pictures" in result["message"]
 
 
+@pytest.mark.ci
 def test_evaluations(values: Values, ranks: Any, programs: Any, program: Path) -> None:
     check(SETTINGS, values, ranks, programs, program)
 

@@ -21,6 +21,7 @@ def job(values: dict[str, Any], fault: tuple[str, int, int] | None = None, **mor
     return {"values": values, "fault": fault, **more}
 
 
+@pytest.mark.ci
 def test_faults_that_all_processes_learn_of(values: Values, ranks: Any, tmp_path: Path) -> None:
     common = {"parallel": "fsdp2", "save_every": 2, "epochs": 2}
     stopped = values(common, output="stopped")
@@ -92,6 +93,7 @@ def test_a_killed_process_ends_the_others(values: Values, ranks: Any, parallel: 
     assert latest_step(Path(values()["output"])) in (1, 2)
 
 
+@pytest.mark.ci
 def test_a_hang_is_written_down_by_every_process(values: Values, ranks: Any) -> None:
     config = values({"parallel": "ddp", "stall_seconds": 200.0})
     ends = ranks("train", [job(config, ("stall", 1, 2))])

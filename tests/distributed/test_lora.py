@@ -77,6 +77,7 @@ def test_gradients_weights_means_and_exports(values: Values, ranks: Any, program
         assert_close(exported(job["values"]["output"]), export, f"{name}, export")
 
 
+@pytest.mark.ci
 def test_bf16_resumes_exactly(values: Values, ranks: Any, programs: Any) -> None:
     """Adapters in fp32 inside blocks whose own weights are bf16; broken off after step 3, continued from step 2."""
     common = {**LORA, "precision": "bf16"}

@@ -16,6 +16,7 @@ SPARE = 3e6
 """Python objects and what else is not a tensor."""
 
 
+@pytest.mark.ci
 def test_shares(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("benchmark_memory", PROGRAM)
     assert spec is not None and spec.loader is not None

@@ -55,6 +55,7 @@ def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     ],
     ids=["some", "all"],
 )
+@pytest.mark.ci
 def test_every_strategy_goes_on_from_every_other(
     sources: list[str], targets: list[str], values: Values, ranks: Any, programs: Any
 ) -> None:

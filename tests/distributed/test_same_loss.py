@@ -66,6 +66,7 @@ def test_gradients(train: str, values: Values, ranks: Any, programs: Any, mixed_
             assert_close(alone, each, name)
 
 
+@pytest.mark.ci
 def test_bf16(values: Values, ranks: Any, programs: Any) -> None:
     """Blocks gathered in bf16, masters and reductions in fp32; what the scan reads in fp32 is whole and the same."""
     common = {"precision": "bf16", "optim.eps": 1e-3, "epochs": 1}

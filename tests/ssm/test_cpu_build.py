@@ -94,6 +94,7 @@ def test_a_level_is_kept_or_refused(fresh, monkeypatch):
 
 @needs_compiler
 @pytest.mark.skipif(cpu_build.lacking("x86-64-v2") is not None, reason="this is no x86-64-v2 processor")
+@pytest.mark.ci
 def test_each_level_is_a_library_of_its_own(fresh, monkeypatch, capsys):
     for level in ("", "x86-64-v2"):
         monkeypatch.setenv("VLMAMBA_CPU_LEVEL", level)
@@ -175,6 +176,7 @@ def test_a_folder_that_nobody_can_write_to(fresh, content, monkeypatch, caplog):
 
 @needs_compiler
 @pytest.mark.parametrize("number", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.ci
 def test_several_processes_build_at_once(fresh, number):
     code = "from vlmamba.ssm.backends import cpu; print(cpu.available())"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -248,7 +248,7 @@ class TestBitForBit:
         assert torch.equal(state, other)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("capability", list(ATEN))
 def test_laws_at_each_capability_of_torch(capability, record_property):
     """The laws of all backends once more, in a process in which torch itself uses no wider instructions."""

@@ -128,6 +128,7 @@ class TestResume:
         starts = json.loads((resumed.run_dir / "environment.json").read_text())["starts"]
         assert [s["start_step"] for s in starts] == [0, 6]
 
+    @pytest.mark.ci
     def test_killed_process(self, make_config: MakeConfig, tmp_path: Path) -> None:
         """SIGKILL after step 3, with the last checkpoint at step 2; then the same command again."""
         whole = run(make_config(output="whole"))

@@ -138,6 +138,7 @@ def test_full_size_without_files(make_config: MakeConfig) -> None:
     assert halved.activations == pytest.approx(cut.activations / 2, rel=0.1)
 
 
+@pytest.mark.ci
 def test_advice_is_computed_and_fits(make_config: MakeConfig) -> None:
     small = {**FULL_SIZE, "model.language.preset": "130m", "data.max_length": 1024}
     planner = Planner(make_config(small), PlanSettings(memory=8))
@@ -185,6 +186,7 @@ def test_steps_of_tokens(make_config: MakeConfig) -> None:
         Planner(config, PlanSettings(gpus=3))
 
 
+@pytest.mark.ci
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ["plan", "train/vl_mamba.py:pretrain", "--gpus", "1"]
     assert main([*recipe, "--memory", "80", "--batch.micro_batch_size", "4"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from logging import WARNING, getLogger
 from pathlib import Path
@@ -42,28 +43,41 @@ def run(words: Sequence[str]) -> int:
 
 
 def _language(paths: Sequence[str], *, seed: int) -> int:
-    from transformers.utils import logging
-
     from vlmamba.errors import ConfigError
     from vlmamba.models.language.laws import Law, check_laws, reasons, refused, table
 
-    getLogger("vlmamba").setLevel(WARNING)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     results: list[tuple[str, Sequence[Law]]] = []
-    for name, build in _models(paths, seed):
-        try:
-            model = build()
-        except ConfigError as refusal:
-            results.append((name, refused(str(refusal))))
-        else:
-            results.append((name, check_laws(model)))
+    with _quiet():
+        for name, build in _models(paths, seed):
+            try:
+                model = build()
+            except ConfigError as refusal:
+                results.append((name, refused(str(refusal))))
+            else:
+                results.append((name, check_laws(model)))
     print(table(results))
     if notes := reasons(results):
         print(f"\n{notes}")
     broken = sum(law.verdict == "wrong" for _, laws in results for law in laws)
     print(f"\n{len(results)} language model(s), {broken} broken law(s)")
     return 1 if broken else 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what loading and choosing say: the table is what is wanted."""
+    from transformers.utils import logging
+
+    ours, level, theirs = getLogger("vlmamba"), getLogger("vlmamba").level, logging.get_verbosity()
+    ours.setLevel(WARNING)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        logging.set_verbosity(theirs)
+        logging.enable_progress_bar()
 
 
 def _models(paths: Iterable[str], seed: int) -> Iterator[tuple[str, Callable[[], Any]]]:
