@@ -1,5 +1,6 @@
 """The command line: exit codes, errors without tracebacks, what the verbs print."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,10 @@ def test_python_dash_m():
         [sys.executable, "-m", "vlmamba", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("vlmamba ")
+
+
+def test_a_quiet_verb_leaves_logging_as_it_was():
+    ours = logging.getLogger("vlmamba")
+    before = (ours.level, logging.getLogger().level)
+    main(["plan", "train/nothing.py:pretrain"])
+    assert (ours.level, logging.getLogger().level) == before

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     command = importlib.import_module(f"vlmamba.cli.{'evaluate' if verb == 'eval' else verb}")
+    levels = [(logger, logger.level) for logger in (logging.getLogger(), logging.getLogger("vlmamba"))]
     try:
         return int(command.run(words[1:]) or 0)
     except VLMambaError as error:
@@ -70,3 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        for logger, level in levels:  # a verb may be quiet; whoever called it here is not
+            logger.setLevel(level)

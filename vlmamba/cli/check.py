@@ -68,14 +68,13 @@ def _quiet() -> Iterator[None]:
     """Without what loading and choosing say: the table is what is wanted."""
     from transformers.utils import logging
 
-    ours, level, theirs = getLogger("vlmamba"), getLogger("vlmamba").level, logging.get_verbosity()
-    ours.setLevel(WARNING)
+    getLogger("vlmamba").setLevel(WARNING)  # until the command ends
+    theirs = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        ours.setLevel(level)
         logging.set_verbosity(theirs)
         logging.enable_progress_bar()
 
