@@ -56,6 +56,7 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         )
 
 
+@pytest.mark.ci
 def test_gradients_weights_means_and_exports(values: Values, ranks: Any, programs: Any) -> None:
     alone = values(LORA, output="alone")
     (wanted,) = programs.gradients([{"values": {**alone, "output": alone["output"] + "-1"}}])
