@@ -192,11 +192,7 @@ def run(
         position_ids = packed_position_ids(seq_idx, attention_mask)
         attention_mask = _packed_masks(model.config, seq_idx, inputs_embeds.dtype, attention_mask)
     elif attention_mask is not None:
-        if attention_mask.shape != (batch, past + length):
-            raise ShapeError(
-                f"attention_mask has shape {tuple(attention_mask.shape)} but {model.config.model_type} needs "
-                f"{(batch, past + length)}: {past} cached columns and {length} new ones"
-            )
+        check_mask(model, attention_mask, (batch, length), past)
         position_ids = padded_position_ids(attention_mask, length)
         check_padding(model, attention_mask, cached=use_cache or past > 0)
     elif past:
@@ -224,6 +220,20 @@ def call_decoder(
     output = decoder(**inputs, use_cache=use_cache, return_dict=True)
     filled = cache_of(output) if use_cache else None
     return LanguageOutput(output.last_hidden_state, filled, output.get("hidden_states"))
+
+
+def check_mask(model: Any, attention_mask: torch.Tensor, shape: tuple[int, int], past: int) -> None:
+    """Raise unless a mask covers the cached columns and the new ones.
+
+    Raises:
+        ShapeError: It covers others.
+    """
+    batch, length = shape
+    if attention_mask.shape != (batch, past + length):
+        raise ShapeError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} but {model.config.model_type} needs "
+            f"{(batch, past + length)}: {past} cached columns and {length} new ones"
+        )
 
 
 def check_padding(model: Any, attention_mask: torch.Tensor, *, cached: bool) -> None:

@@ -25,6 +25,7 @@ from vlmamba.models.language.attention import (
     build,
     call_decoder,
     check_cache,
+    check_mask,
     check_padding,
     check_rows,
     layer_kinds,
@@ -124,11 +125,7 @@ def run(
     if attention_mask is None:
         position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
     else:
-        if attention_mask.shape != (batch, past + length):
-            raise ShapeError(
-                f"attention_mask has shape {tuple(attention_mask.shape)} but {model.config.model_type} needs "
-                f"{(batch, past + length)}: {past} cached columns and {length} new ones"
-            )
+        check_mask(model, attention_mask, (batch, length), past)
         check_padding(model, attention_mask, cached=cache is not None)
         if cache is not None and length == 1 and not bool(attention_mask[:, -1].all()):
             require(family_of(model).continues, model.config, "padding in a step of one token")
