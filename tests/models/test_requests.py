@@ -166,7 +166,7 @@ def requests(draw: Callable[..., Any], families: Sequence[str] = FAMILIES) -> Re
         layers=flag(),
         as_tuple=flag(),
         gradients=flag(),
-        use_cache=flag(),
+        use_cache=flag() and not packed,
         cuts=cuts,
         between=draw(st.sampled_from(["", "select", "reorder", "repeat"])) if cuts else "",
         cache_name=draw(CACHE_NAMES),
@@ -564,6 +564,7 @@ SPOILED = (
     "seq_idx too wide",
     "seq_idx of more rows",
     "seq_idx on a cache",
+    "seq_idx for a cache",
     "positions from 1",
     "positions beside the mask",
     "positions too wide",
@@ -625,6 +626,8 @@ def spoil(request: Request, call: dict[str, Any], model: Any) -> None:
                 "cache": held,
                 "attention_mask": ones(rows, 3 + width),
             }
+        case "seq_idx for a cache":
+            call |= {"seq_idx": ones(rows, width).int(), "use_cache": True}
         case "positions from 1":
             call |= {"position_ids": torch.arange(1, width + 1)[None], "attention_mask": None}
         case "positions beside the mask":
@@ -677,8 +680,11 @@ def may_refuse(request: Request, table: Tensor) -> bool:
     family, real = family_of(model), table >= 0
     asked = request.generate
     cached = asked.cached or request.embeds if asked else request.use_cache or bool(request.cuts)
-    several = [p.stop - p.start > 1 for p in parts_of(request, table.shape[1])][1:]
-    lonely = [bool(real[:, p].all()) for p in parts_of(request, table.shape[1]) if p.stop - p.start == 1]
+    parts = list(parts_of(request, table.shape[1]))
+    if asked and asked.given == "filled":  # all but the last column go onto the cache first
+        parts = [slice(0, table.shape[1] - 1), slice(table.shape[1] - 1, table.shape[1])]
+    several = [p.stop - p.start > 1 for p in parts][1:]
+    lonely = [bool(real[:, p].all()) for p in parts if p.stop - p.start == 1]
     behind = bool((real[:, 1:] < real[:, :-1]).any())
     between = any("01" in "".join(map(str, row)).lstrip("0") for row in real.int().tolist())
     between = between or (behind and bool(asked))  # a text goes on behind the padding

@@ -166,12 +166,22 @@ class VLMambaPreTrainedModel(PreTrainedModel):
         pixel_values: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
+        position_ids: Tensor | None,
         seq_idx: Tensor | None,
-        cache: Any,
+        caches: dict[str, Any],
         use_cache: bool | None,
         output_hidden_states: bool | None,
-    ) -> LanguageOutput:
-        """Everything below the head; see `VLMambaForConditionalGeneration.forward`."""
+        others: dict[str, Any],
+    ) -> tuple[LanguageOutput, Tensor | None]:
+        """Everything below the head, and the samples that rows are packed from.
+
+        `caches` are the cache under its names, `others` what was passed besides; for the rest see
+        `VLMambaForConditionalGeneration.forward`.
+        """
+        cache = one_cache(caches)
+        shape = _shape(input_ids, inputs_embeds)
+        seq_idx = samples_of_rows(position_ids, attention_mask, seq_idx, cache, shape, others)
+        _refuse_unknown(others)
         if inputs_embeds is None:
             assert input_ids is not None
             # A decoding step has no image; looking for placeholders would make the host wait for the GPU.
@@ -185,9 +195,14 @@ class VLMambaPreTrainedModel(PreTrainedModel):
                 "pixel_values need input_ids, which say where the visual tokens go; inputs_embeds hold them already "
                 "(model.embed(input_ids, pixel_values) makes such)"
             )
+        elif inputs_embeds.shape[-1] != self.config.text_config.hidden_size:
+            raise ShapeError(
+                f"inputs_embeds have shape {tuple(inputs_embeds.shape)} but the language model's width is "
+                f"{self.config.text_config.hidden_size}; model.embed(input_ids, pixel_values) makes such"
+            )
         if output_hidden_states is None:
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
-        return run_language_model(
+        output = run_language_model(
             self.language_model,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -196,6 +211,7 @@ class VLMambaPreTrainedModel(PreTrainedModel):
             use_cache=bool(use_cache),
             output_hidden_states=output_hidden_states,
         )
+        return output, seq_idx
 
 
 class VLMambaModel(VLMambaPreTrainedModel):
@@ -221,19 +237,17 @@ class VLMambaModel(VLMambaPreTrainedModel):
         Returns:
             `last_hidden_state` (B, L, D), after the language model's last norm, the cache and `hidden_states`.
         """
-        cache = one_cache({"cache": cache, "past_key_values": past_key_values})
-        shape = _shape(input_ids, inputs_embeds)
-        seq_idx = samples_of_rows(position_ids, attention_mask, seq_idx, cache, shape, kwargs)
-        _refuse_unknown(kwargs)
-        hidden, filled, layers = self._hidden_states(
+        (hidden, filled, layers), _ = self._hidden_states(
             input_ids,
             pixel_values,
             attention_mask,
             inputs_embeds,
+            position_ids,
             seq_idx,
-            cache,
+            {"cache": cache, "past_key_values": past_key_values},
             use_cache,
             output_hidden_states,
+            kwargs,
         )
         fields: dict[str, Any] = {"last_hidden_state": hidden, CACHE: filled, "hidden_states": layers}
         output = BaseModelOutputWithPast(**fields)
@@ -315,19 +329,17 @@ class VLMambaForConditionalGeneration(VLMambaPreTrainedModel, GenerationMixin):
             ShapeError: Inputs do not fit together.
             ConfigError: The language model cannot do this exactly.
         """
-        cache = one_cache({"cache": cache, "past_key_values": past_key_values})
-        shape = _shape(input_ids, inputs_embeds)
-        seq_idx = samples_of_rows(position_ids, attention_mask, seq_idx, cache, shape, kwargs)
-        _refuse_unknown(kwargs)
-        hidden, filled, layers = self._hidden_states(
+        (hidden, filled, layers), seq_idx = self._hidden_states(
             input_ids,
             pixel_values,
             attention_mask,
             inputs_embeds,
+            position_ids,
             seq_idx,
-            cache,
+            {"cache": cache, "past_key_values": past_key_values},
             use_cache,
             output_hidden_states,
+            kwargs,
         )
         loss = logits = None
         if labels is not None:

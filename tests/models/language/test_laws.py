@@ -233,3 +233,23 @@ def test_command_needs_a_model(capsys):
     with pytest.raises(SystemExit):
         main(["check", "language"])
     assert "give the language models to check, or --all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "gpt2", "mistral"])
+def test_a_sample_starts_where_the_number_changes_whatever_it_is(model_type):
+    """A number that stood there before is another sample, also with padding between; a packed row fills no cache."""
+    model = tiny(model_type)
+    embeds = model.get_input_embeddings()(torch.arange(1, 12)[None])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1]])
+
+    def run(*numbers):
+        ids = torch.tensor([numbers], dtype=torch.int32)
+        return run_language_model(model, inputs_embeds=embeds, seq_idx=ids, attention_mask=mask).hidden[
+            mask == 1
+        ]
+
+    fresh = run(0, 0, 0, 1, 9, 1, 1, 2, 9, 2, 2)
+    torch.testing.assert_close(run(0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0), fresh, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(run(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), fresh, atol=1e-3)
+    with pytest.raises(ShapeError, match="a packed row cannot be continued"):
+        run_language_model(model, inputs_embeds=embeds, seq_idx=torch.zeros(1, 11).int(), use_cache=True)

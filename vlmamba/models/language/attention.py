@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Cache
 
 from vlmamba.errors import ConfigError, ShapeError
+from vlmamba.models.language.cache import RealFirst
 from vlmamba.models.language.families import (
     LanguageFamily,
     LanguageOutput,
@@ -156,6 +157,19 @@ def _packed_masks(
     }
 
 
+def _numbered(seq_idx: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Samples numbered anew: one starts wherever neighbouring tokens differ, though its number stood there before.
+
+    As in a scan; padding is no neighbour.
+    """
+    mask = torch.ones_like(seq_idx) if attention_mask is None else attention_mask
+    moved = RealFirst.from_mask(mask, seq_idx.shape[1])
+    found = moved.apply(seq_idx)
+    changes = torch.zeros_like(found)
+    changes[:, 1:] = found[:, 1:] != found[:, :-1]
+    return moved.undo(changes.cumsum(dim=1))
+
+
 def packed_position_ids(seq_idx: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Positions (B, L) that count the real tokens of every sample from 0."""
     real = torch.ones_like(seq_idx) if attention_mask is None else attention_mask
@@ -189,6 +203,7 @@ def run(
     position_ids = None
     if seq_idx is not None:
         _check_packed(model, seq_idx, (batch, length), past)
+        seq_idx = _numbered(seq_idx, attention_mask)
         position_ids = packed_position_ids(seq_idx, attention_mask)
         attention_mask = _packed_masks(model.config, seq_idx, inputs_embeds.dtype, attention_mask)
     elif attention_mask is not None:

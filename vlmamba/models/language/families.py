@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlmamba.errors import ConfigError
+from vlmamba.errors import ConfigError, ShapeError
 from vlmamba.registry import Registry
 
 Verdict = bool | str
@@ -156,6 +156,11 @@ def run_language_model(
     family = family_of(model)
     if seq_idx is not None:
         require(family.packs, model.config, "packed rows (seq_idx)")
+        if use_cache and cache is None:
+            raise ShapeError(
+                "seq_idx was given with use_cache=True, but a packed row cannot be continued: which of its samples "
+                "would be meant? Leave use_cache off, or pass the samples as padded rows"
+            )
     if family.pads is not True and attention_mask is not None and bool((attention_mask == 0).any()):
         require(family.pads, model.config, "padded rows")
     return family.run(
