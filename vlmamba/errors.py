@@ -31,6 +31,10 @@ class CheckpointError(VLMambaError, ValueError):
     """A checkpoint is incomplete, of another layout, or does not fit the model."""
 
 
+class WriteError(CheckpointError, OSError):
+    """The system refused a write (a full disk, mostly); what was there before is unharmed."""
+
+
 class ShapeError(VLMambaError, ValueError):
     """Tensors do not fit together."""
 
