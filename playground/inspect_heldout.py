@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from phrases import TEMPLATES
-from PIL import Image
 from scenes import PLACES
 from torch import Tensor
 
+from vlmamba.common.images import open_image
 from vlmamba.interpret.answers import answer_question, load_inspectable
 from vlmamba.interpret.methods import explain, methods_of
 
@@ -71,7 +71,7 @@ def measure(
         cell = asked_cell(row, digits)
         mask = cell_mask(cell, height, width)
         ink = torch.stack([cell_mask(d["cell"], height, width) for d in digits]).any(0)
-        picture = Image.open(images / row["image"])
+        picture = open_image(images / row["image"])
         answer, other = (
             answer_question(model, processor, [picture], text)
             for text in (row["text"], about_another(row, digits, cell))

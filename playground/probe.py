@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from mini_encoder import GRID, NUM_VALUES, normalise, to_pixels
 from phrases import caption, dialogue
-from PIL import Image
 from scenes import COLOURS, Scene, digit_pools, render, sample_scene
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
+
+from vlmamba.common.images import open_image
 
 Labels = tuple[Tensor, Tensor]
 
@@ -146,7 +147,7 @@ def main() -> None:
     train_pixels = torch.from_numpy(np.stack([to_pixels(render(scene)) for scene in scenes]))
     train_cells = [_cells(scene) for scene in scenes]
     truth = json.loads((arguments.data / "heldout/scenes.json").read_text(encoding="utf-8"))
-    pictures = [np.asarray(Image.open(arguments.data / "heldout/images" / name)) for name in truth]
+    pictures = [np.asarray(open_image(arguments.data / "heldout/images" / name)) for name in truth]
     test_pixels = torch.from_numpy(np.stack([to_pixels(picture) for picture in pictures]))
     test_cells = [
         cell_labels([(d["cell"], d["value"], d["colour"]) for d in scene["digits"]])

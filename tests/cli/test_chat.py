@@ -6,7 +6,7 @@ from PIL import Image
 
 from vlmamba.cli import chat, main
 from vlmamba.errors import ImageError
-from vlmamba.testing import tiny_model
+from vlmamba.testing import tiny_model, tiny_processor
 
 
 @pytest.fixture
@@ -64,12 +64,13 @@ def test_commands(session, picture, capsys):
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path):
+    session = chat.Session(None, tiny_processor(), max_new_tokens=1, temperature=0.0)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnot really")
     with pytest.raises(ImageError, match=r"broken\.png is cut off or not a picture"):
-        chat.open_picture(broken)
+        session.show(str(broken))
     with pytest.raises(ImageError, match=r"none\.png does not exist"):
-        chat.open_picture(tmp_path / "none.png")
+        session.show(str(tmp_path / "none.png"))
 
 
 def test_one_question_from_the_shell(tmp_path, picture, capsys):

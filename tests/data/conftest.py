@@ -81,7 +81,9 @@ def root(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for value, name in enumerate(("a.png", "b.png", "c.png")):
-        Image.new("RGB", (8, 6), (40 * value, 10, 200)).save(folder / name)
+        picture = Image.new("RGB", (8, 6), (40 * value, 10, 200))
+        picture.paste((40 * value, 10, 90), (0, 0, 4, 6))
+        picture.save(folder / name)
     return folder
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import FakeProcessor, chat
+from vlmamba.common.images import open_image
 from vlmamba.data import (
     PlanSettings,
     RowError,
@@ -21,7 +22,6 @@ from vlmamba.data import (
     compute_lengths,
 )
 from vlmamba.data.huggingface import HuggingFaceSource, HuggingFaceStream
-from vlmamba.data.images import open_image
 from vlmamba.errors import DataError, MissingFileError
 
 datasets = pytest.importorskip("datasets")
@@ -109,8 +109,8 @@ def test_llava_columns_by_row() -> None:
 def test_reading_a_row_reads_no_picture() -> None:
     source = HuggingFaceSource(llava_dataset(), name="hf")
     images = source[3].images
-    assert type(images[0]).__name__ == "LazyImage"
-    assert images[0].what == "image 0 of hf:row 3"  # type: ignore[union-attr]
+    assert type(images[0]).__name__ == "StoredImage"
+    assert images[0].name == "image 0 of hf:row 3"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

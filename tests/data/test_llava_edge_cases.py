@@ -13,6 +13,7 @@ from tests.data.conftest import FakeProcessor, WriteRows, chat, text_of
 from vlmamba.data import LLaVASource, RowError, VLDataset, build_loader, compute_lengths
 from vlmamba.data.sampler import PlanSettings
 from vlmamba.errors import DataError, MissingFileError
+from vlmamba.testing import tiny_processor
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_length_is_known_before_batching(write: WriteRows, processor: FakeProces
 
 def test_gif_named_jpg_is_found(load: Any, root: Path) -> None:
     (root / "ocr_vqa").mkdir()
-    Image.new("P", (5, 5), 3).save(root / "ocr_vqa" / "0123.gif")
+    Image.effect_noise((5, 5), 99).convert("P").save(root / "ocr_vqa" / "0123.gif")
     item = load({"id": "x", "image": "ocr_vqa/0123.jpg", "conversations": chat("<image>q", "a")})
     assert item["pixel_values"].shape == (1, 3, 4, 4)
     assert item["events"] == {"image_suffix_replaced": 1}
@@ -236,16 +237,16 @@ def test_unusual_pictures_are_converted(
     )
 
 
-def test_exif_rotation_is_off_unless_asked_for(
-    write: WriteRows, processor: FakeProcessor, root: Path
-) -> None:
+def test_exif_rotation_is_off_unless_asked_for(write: WriteRows, root: Path) -> None:
     image = Image.fromarray(np.repeat(np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8), 16, 0).repeat(8, 1))
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(root / "turned.png", exif=exif)
     source = write([{"id": 1, "image": "turned.png", "conversations": chat("<image>q", "a")}])
-    as_stored = VLDataset(source, processor)[0]["pixel_values"][0]
-    turned = VLDataset(source, processor, exif_transpose=True)[0]["pixel_values"][0]
+    tiny = tiny_processor()
+    as_stored = VLDataset(source, tiny)[0]["pixel_values"][0]
+    tiny.image_processor.exif_transpose = True  # the one switch, saved with the checkpoint
+    turned = VLDataset(source, tiny)[0]["pixel_values"][0]
     assert as_stored[0, 0, 0] > as_stored[0, -1, 0]
     assert turned[0, 0, 0] < turned[0, -1, 0]
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import FakeProcessor, chat
+from vlmamba.common.images import open_image
 from vlmamba.data import (
     PlanSettings,
     RowError,
@@ -23,7 +24,6 @@ from vlmamba.data import (
     compute_lengths,
 )
 from vlmamba.data import shards as shards_module
-from vlmamba.data.images import open_image
 from vlmamba.data.shards import ShardSource, ShardStream, shard_names
 from vlmamba.errors import DataError, MissingFileError
 

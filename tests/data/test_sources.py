@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import WriteRows, chat
-from vlmamba.data import LLaVASource, RowError, Source, build_source
+from vlmamba.data import LLaVASource, RowError, Source, build_source, download_hint, resolve_image_path
 from vlmamba.data.index import RowFile
-from vlmamba.errors import ConfigError, DataError, MissingFileError
+from vlmamba.errors import ConfigError, DataError, ImageError, MissingFileError
 
 GOOD = {"id": "g", "conversations": chat("q", "a")}
 
@@ -153,3 +153,45 @@ def test_protocol_and_registry(write: WriteRows, root: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown data source 'lava'. Did you mean 'llava'"):
         build_source("lava")
     assert isinstance(pickle.loads(pickle.dumps(RowError("r", "w", 3, "image"))), RowError)
+
+
+# ---- names of pictures ----
+@pytest.mark.parametrize(
+    "name", ["../x.png", "a/../../x.png", "..\\x.png", "a\\..\\..\\x.png", "/x.png", "..", ".", "/"]
+)
+def test_paths_outside_the_root_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.png").touch()
+    with pytest.raises(ImageError, match=r"leaves its root: it means .* which is outside"):
+        resolve_image_path(tmp_path / "root", name)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "", "  "])
+def test_names_that_are_no_paths(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ImageError, match="is not a path"):
+        resolve_image_path(tmp_path, name)
+
+
+def test_a_sibling_folder_with_the_same_beginning_is_outside(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="leaves its root"):
+        resolve_image_path(tmp_path / "root", "../root2/x.png")
+
+
+def test_paths_inside_the_root(tmp_path: Path) -> None:
+    for name in ("a/b.png", "a\\b.png", "./a/b.png", "a/c/../b.png", f"{tmp_path}/a/b.png"):
+        assert resolve_image_path(tmp_path, name) == tmp_path / "a" / "b.png"
+
+
+def test_links_are_followed_unless_forbidden(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "disk" / "x.png").touch()
+    (tmp_path / "root" / "coco").symlink_to(tmp_path / "disk")
+    assert resolve_image_path(tmp_path / "root", "coco/x.png").is_file()
+    with pytest.raises(ImageError, match=r"leaves its root through a link: it means .*disk/x.png"):
+        resolve_image_path(tmp_path / "root", "coco/x.png", allow_symlinks=False)
+
+
+def test_download_hints() -> None:
+    assert "train_val_images.zip" in (download_hint("data/textvqa/train_images") or "")
+    assert (download_hint("x/vg/VG_100K_2/1.jpg") or "").endswith("images2.zip")
+    assert download_hint("somewhere/else") is None

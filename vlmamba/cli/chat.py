@@ -23,7 +23,6 @@ Type a question. A path to a picture anywhere in the line (drag the file in) sho
   /system TEXT  begin again with a system message
   /help         this text
   /exit         leave (also Ctrl-D)"""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def run(words: Sequence[str]) -> int:
@@ -43,7 +42,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arguments = parser.parse_args(words)
     session = Session.load(arguments)
-    session.pending = [open_picture(path) for path in arguments.image]
+    session.show(*arguments.image)
     if arguments.question is not None:
         session.ask(arguments.question)
         return 0
@@ -113,17 +112,25 @@ class Session:
             self.messages, self.pending = [{"role": "system", "content": rest}], []
             print("(a new conversation)")
         elif command == "/image":
-            self.pending.append(open_picture(_path_of(rest)))
+            self.show(_path_of(rest))
             print(f"({_size(self.pending[-1])}; it goes with your next question)")
         elif command.startswith("/") and not _looks_like_picture(command):
             print(f"! unknown command {command}; /help lists the commands")
         else:
             text, paths = split_paths(line)
-            self.pending += [open_picture(path) for path in paths]
+            self.show(*paths)
             if text:
                 self.ask(text)
             else:
                 print("(picture taken; it goes with your next question)")
+
+    def show(self, *paths: str) -> None:
+        """Open pictures that go with the next question, as training opens its own.
+
+        Raises:
+            ImageError: There is none, or it cannot be read.
+        """
+        self.pending += [self.processor.image_processor.open(Path(path).expanduser()) for path in paths]
 
     def ask(self, text: str) -> str:
         """Ask, print the answer while it comes, and remember both."""
@@ -166,17 +173,6 @@ class Session:
         return pieces
 
 
-def open_picture(path: str | Path) -> Any:
-    """Open a picture that a user named, as training opens its own.
-
-    Raises:
-        ImageError: There is none, or it cannot be read.
-    """
-    from vlmamba.data.images import open_image
-
-    return open_image(Path(path).expanduser())
-
-
 def split_paths(line: str) -> tuple[str, list[str]]:
     """Take the paths of existing pictures out of a line.
 
@@ -208,6 +204,8 @@ def _path_of(word: str) -> str:
 
 
 def _looks_like_picture(path: str) -> bool:
+    from vlmamba.common.images import SUFFIXES
+
     return path.lower().endswith(SUFFIXES) and Path(path).expanduser().is_file()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from vlmamba.cli.chat import open_picture
 from vlmamba.errors import ConfigError
 
 
@@ -35,8 +35,8 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arguments = parser.parse_args(words)
     token = None if arguments.answer == "all" else _number("--answer", arguments.answer)
-    images = [open_picture(path) for path in arguments.image]
     model, processor = load_inspectable(arguments.checkpoint)
+    images = [processor.image_processor.open(Path(path).expanduser()) for path in arguments.image]
     methods = methods_of(model) if arguments.method == "all" else [arguments.method]
     layers: list[int] = []
     if arguments.layer is not None:

@@ -15,16 +15,15 @@ from vlmamba.data.conversation import Conversation, parse_row, place_images
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.downloads import download_hint
 from vlmamba.data.encode import SampleEncoder
-from vlmamba.data.images import open_image, resolve_image_path
 from vlmamba.data.ledger import BadSamples
 from vlmamba.data.lengths import LengthTable, compute_lengths
 from vlmamba.data.loader import Loader, Step, StepLoader, build_loader
 from vlmamba.data.mixture import Mixture
 from vlmamba.data.packing import PACK_MULTIPLE, pack
 from vlmamba.data.sampler import EpochPlan, PlanAccount, PlanSettings, plan_epoch
-from vlmamba.data.sources import SOURCES, LLaVASource, build_source, build_stream
+from vlmamba.data.sources import SOURCES, LLaVASource, build_source, build_stream, resolve_image_path
 from vlmamba.data.stream import StreamLoader, StreamSettings
-from vlmamba.data.types import EVENTS, Encoded, ImageRef, Message, Processor, RowError, Sample, Source, Stream
+from vlmamba.data.types import EVENTS, Encoded, Processor, RowError, Sample, Source, Stream
 
 __all__ = [
     "EVENTS",
@@ -36,11 +35,9 @@ __all__ = [
     "Conversation",
     "Encoded",
     "EpochPlan",
-    "ImageRef",
     "LLaVASource",
     "LengthTable",
     "Loader",
-    "Message",
     "Mixture",
     "PlanAccount",
     "PlanSettings",
@@ -65,7 +62,6 @@ __all__ = [
     "compute_lengths",
     "download_hint",
     "missing_folders",
-    "open_image",
     "pack",
     "parse_row",
     "place_images",

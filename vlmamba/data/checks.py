@@ -11,8 +11,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vlmamba.common.images import open_image
 from vlmamba.data.downloads import download_hint
-from vlmamba.data.images import MAX_PIXELS, open_image
 from vlmamba.data.index import JSONL_SUFFIXES
 from vlmamba.data.sources import LLaVASource
 from vlmamba.data.types import RowError, Source
@@ -97,7 +97,6 @@ def check(
     sources: Sequence[Source] | Source,
     *,
     decode: bool = True,
-    max_pixels: int = MAX_PIXELS,
     limit: int | None = None,
     num_workers: int = 0,
     progress: bool = False,
@@ -107,7 +106,6 @@ def check(
     Args:
         sources: One source or several.
         decode: False: only read the rows, open no picture.
-        max_pixels: As for the data set.
         limit: Look at so many rows of each source only.
         num_workers: Processes that share the work; 0 does it in this one.
         progress: Show a progress bar.
@@ -117,7 +115,7 @@ def check(
     for source in many:
         count = len(source) if limit is None else min(limit, len(source))
         pieces: Iterable[CheckReport] = DataLoader(
-            _Pieces(source, count, decode, max_pixels), batch_size=None, num_workers=num_workers
+            _Pieces(source, count, decode), batch_size=None, num_workers=num_workers
         )
         with tqdm(total=count, desc=f"checking {source.name}", unit="row", disable=not progress) as bar:
             for piece in pieces:
@@ -130,8 +128,8 @@ def check(
 class _Pieces(Dataset[CheckReport]):
     """The reports of consecutive rows."""
 
-    def __init__(self, source: Source, count: int, decode: bool, max_pixels: int) -> None:
-        self.source, self.count, self.decode, self.max_pixels = source, count, decode, max_pixels
+    def __init__(self, source: Source, count: int, decode: bool) -> None:
+        self.source, self.count, self.decode = source, count, decode
 
     def __len__(self) -> int:
         return -(-self.count // _PIECE)
@@ -140,7 +138,7 @@ class _Pieces(Dataset[CheckReport]):
         report = CheckReport()
         for row in range(piece * _PIECE, min((piece + 1) * _PIECE, self.count)):
             report.rows += 1
-            _check_row(self.source, row, self.decode, self.max_pixels, report)
+            _check_row(self.source, row, self.decode, report)
         return report
 
 
@@ -196,7 +194,7 @@ def missing_folders(source: Source, *, rows: int = 2000) -> dict[Path, str | Non
     return {folder: download_hint(folder) for folder in sorted(folders) if not folder.is_dir()}
 
 
-def _check_row(source: Source, row: int, decode: bool, max_pixels: int, report: CheckReport) -> None:
+def _check_row(source: Source, row: int, decode: bool, report: CheckReport) -> None:
     try:
         sample = source[row]
     except RowError as error:
@@ -205,7 +203,7 @@ def _check_row(source: Source, row: int, decode: bool, max_pixels: int, report: 
     events = list(sample.events)
     for ref in sample.images if decode else ():
         try:
-            open_image(ref, max_pixels=max_pixels, events=events)
+            open_image(ref, events=events)
             report.images += 1
         except ImageError as error:
             report.problems.append(Problem(source.name, row, sample.where, sample.id, "image", str(error)))

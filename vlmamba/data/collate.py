@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vlmamba.data.encode import IGNORE
+from vlmamba.common.vocabulary import IGNORE_INDEX
 from vlmamba.data.pixels import PixelBuffer, joined
 from vlmamba.data.types import Batch, Item
 
@@ -56,7 +56,7 @@ def collate(
 
 def _side_by_side(items: Sequence[Item], lengths: Sequence[int], width: int, pad: int) -> Batch:
     input_ids = torch.full((len(items), width), pad, dtype=torch.long)
-    labels = torch.full((len(items), width), IGNORE, dtype=torch.long)
+    labels = torch.full((len(items), width), IGNORE_INDEX, dtype=torch.long)
     attention_mask = torch.zeros((len(items), width), dtype=torch.long)
     for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
         input_ids[row, :length] = item["input_ids"]
@@ -67,7 +67,7 @@ def _side_by_side(items: Sequence[Item], lengths: Sequence[int], width: int, pad
 
 def _one_row(items: Sequence[Item], lengths: Sequence[int], width: int, pad: int) -> Batch:
     input_ids = torch.full((1, width), pad, dtype=torch.long)
-    labels = torch.full((1, width), IGNORE, dtype=torch.long)
+    labels = torch.full((1, width), IGNORE_INDEX, dtype=torch.long)
     seq_idx = torch.full((1, width), len(items), dtype=torch.int32)
     begin = 0
     for number, (item, length) in enumerate(zip(items, lengths, strict=True)):
@@ -91,7 +91,7 @@ def _accounts(items: Sequence[Item], lengths: Sequence[int], labels: torch.Tenso
         "sources": [item.get("source", "") for item in items],
         "wheres": [item.get("where", "") for item in items],
         "num_samples": sum(real),
-        "num_supervised": int((labels[:, 1:] != IGNORE).sum()),
+        "num_supervised": int((labels[:, 1:] != IGNORE_INDEX).sum()),
         "num_tokens": num_tokens,
         "num_padding": labels.numel() - num_tokens,
         "bad_samples": [record for item in items for record in item.get("bad", [])],

@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmamba.data.types import Message, RowError
+from vlmamba.common.vocabulary import IMAGE_TOKEN, Message
+from vlmamba.data.types import RowError
 
-IMAGE_TOKEN = "<image>"
 ImagePosition = Literal["inline", "front"]
 OrphanTokens = Literal["reject", "strip", "literal"]
 

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from vlmamba.data.conversation import ImagePosition
 from vlmamba.data.encode import SampleEncoder
-from vlmamba.data.images import MAX_PIXELS
 from vlmamba.data.mixture import Mixture, as_mixture
 from vlmamba.data.pixels import PixelBuffer
 from vlmamba.data.types import Item, Processor, RowError, Sample, Source
@@ -32,7 +31,7 @@ class VLDataset(SampleEncoder, Dataset[Item]):
 
     Args:
         sources: One source, several, or a `Mixture`.
-        processor, max_length, image_position, max_pixels, exif_transpose: See `SampleEncoder`.
+        processor, max_length, image_position: See `SampleEncoder`.
         strict: Raise at the first bad row.
         seed: Of the replacement rule.
     """
@@ -44,18 +43,10 @@ class VLDataset(SampleEncoder, Dataset[Item]):
         *,
         max_length: int = 2048,
         image_position: ImagePosition = "inline",
-        max_pixels: int = MAX_PIXELS,
-        exif_transpose: bool = False,
         strict: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            processor,
-            max_length=max_length,
-            image_position=image_position,
-            max_pixels=max_pixels,
-            exif_transpose=exif_transpose,
-        )
+        super().__init__(processor, max_length=max_length, image_position=image_position)
         self.mixture = as_mixture(sources, seed=seed)
         self.strict = strict
         self.seed = seed

@@ -5,19 +5,22 @@ L tokens of a sample, n images, C channels, S image side.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from PIL import Image
 
+from vlmamba.common.images import ImageRef, open_image
+from vlmamba.common.vocabulary import IGNORE_INDEX, Message
 from vlmamba.data.conversation import ImagePosition, place_images
-from vlmamba.data.images import MAX_PIXELS, open_image
+from vlmamba.data.downloads import download_hint
 from vlmamba.data.pixels import PixelBuffer
-from vlmamba.data.types import Encoded, ImageRef, Item, Message, Processor, RowError, Sample, as_long
+from vlmamba.data.types import Encoded, Item, Processor, RowError, Sample, as_long
 from vlmamba.errors import ConfigError, ImageError
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Fitted:
     @property
     def num_supervised(self) -> int:
         """Tokens with a label that can be predicted (the first token of a row cannot)."""
-        return len(self.labels[1:]) - self.labels[1:].count(IGNORE)
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORE_INDEX)
 
 
 class SampleEncoder:
@@ -43,8 +46,6 @@ class SampleEncoder:
         max_length: Longest sample in tokens, image tokens included. Longer ones lose the end of their last
             answer, or whole last turns if pictures stand there; pictures are never cut.
         image_position: "inline" or "front", see `vlmamba.data.conversation.place_images`.
-        max_pixels: Largest picture that is decoded.
-        exif_transpose: Turn pictures as their EXIF data say.
     """
 
     def __init__(
@@ -53,8 +54,6 @@ class SampleEncoder:
         *,
         max_length: int = 2048,
         image_position: ImagePosition = "inline",
-        max_pixels: int = MAX_PIXELS,
-        exif_transpose: bool = False,
     ) -> None:
         if image_position not in ("inline", "front"):
             raise ConfigError(f"image_position is {image_position!r}; it is 'inline' or 'front'")
@@ -63,8 +62,6 @@ class SampleEncoder:
         self.processor = processor
         self.max_length = max_length
         self.image_position: ImagePosition = image_position
-        self.max_pixels = max_pixels
-        self.exif_transpose = exif_transpose
 
     def encode(self, sample: Sample, buffer: PixelBuffer | None = None) -> Item:
         """Tensors of a sample as its source gives it, its pictures in `buffer`, if given.
@@ -139,16 +136,21 @@ class SampleEncoder:
         """
         if not images:
             return None
-        try:
-            opened = [
-                open_image(ref, max_pixels=self.max_pixels, exif_transpose=self.exif_transpose, events=events)
-                for ref in images
-            ]
-        except ImageError as error:
-            raise RowError(str(error), sample.where, sample.id, "image") from error
+        opened = self.open_pictures(sample, images, events)
         prepare = self.processor.image_processor
         placed = None if buffer is None else buffer.add(prepare, opened)
         return placed if placed is not None else torch.as_tensor(prepare(opened)["pixel_values"])
+
+    def open_pictures(
+        self, sample: Sample, images: Sequence[ImageRef], events: list[str]
+    ) -> list[Image.Image]:
+        """Pictures of a sample, turned as the image processor's setting says.
+
+        Raises:
+            RowError: One of them cannot be opened.
+        """
+        turn = getattr(self.processor.image_processor, "exif_transpose", False)
+        return open_pictures(sample, images, events, exif_transpose=turn)
 
     def _check(self, encoded: Encoded, images: Sequence[ImageRef], sample: Sample) -> None:
         if encoded.num_images != len(images):
@@ -183,12 +185,31 @@ class SampleEncoder:
         return RowError(reason, sample.where, sample.id, "too_long")
 
 
+def open_pictures(
+    sample: Sample, images: Sequence[ImageRef], events: list[str], *, exif_transpose: bool = False
+) -> list[Image.Image]:
+    """Pictures of a sample.
+
+    Raises:
+        RowError: One of them cannot be opened; where its folder is missing too, with where that can be had.
+    """
+    opened = []
+    for ref in images:
+        try:
+            opened.append(open_image(ref, exif_transpose=exif_transpose, events=events))
+        except ImageError as error:
+            hint = download_hint(ref) if isinstance(ref, Path) and not os.path.isdir(ref.parent) else None  # noqa: PTH112
+            reason = f"{error}. Get it from {hint}" if hint else str(error)
+            raise RowError(reason, sample.where, sample.id, "image") from error
+    return opened
+
+
 def _first_label(labels: Sequence[int]) -> int:
-    return next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+    return next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 def _last_label(labels: Sequence[int]) -> int:
-    return next((i for i in range(len(labels) - 1, -1, -1) if labels[i] != IGNORE), -1)
+    return next((i for i in range(len(labels) - 1, -1, -1) if labels[i] != IGNORE_INDEX), -1)
 
 
 def _count_images(messages: Sequence[Message]) -> int:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.images import ImageRef, StoredImage
 from vlmamba.data.conversation import OrphanTokens
-from vlmamba.data.images import resolve_image_path
-from vlmamba.data.sources import sample_of
-from vlmamba.data.types import ImageRef, LazyImage, RowError, Sample
+from vlmamba.data.sources import resolve_image_path, sample_of
+from vlmamba.data.types import RowError, Sample
 from vlmamba.errors import DataError, ImageError, MissingFileError, require
 
 TEXT_COLUMNS = ("conversations", "messages")
@@ -100,7 +100,7 @@ class HuggingFaceSource:
         if not hasattr(cell, "keys"):
             return self.columns.path(cell.as_py(), where)
         if "bytes" in cell and cell["bytes"].is_valid:
-            return LazyImage(what, cell["bytes"].as_py)
+            return StoredImage(what, cell["bytes"].as_py)
         return self.columns.path(cell["path"].as_py() if "path" in cell else None, where)
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vlmamba.common.vocabulary import IGNORE_INDEX
 from vlmamba.data.collate import collate
 from vlmamba.data.dataset import VLDataset
-from vlmamba.data.encode import IGNORE
 from vlmamba.data.ledger import BadSamples
 from vlmamba.data.pixels import PixelBuffer
 from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch, row_of
@@ -331,7 +331,7 @@ class _MicroBatches(Dataset[Batch]):
     def _item(self, index: int, buffer: PixelBuffer) -> Item:
         item = self.dataset.item(row_of(index), buffer)
         if index < 0:
-            item["labels"] = torch.full_like(item["labels"], IGNORE)
+            item["labels"] = torch.full_like(item["labels"], IGNORE_INDEX)
             item["filler"] = True
         return item
 

@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vlmamba.common.images import ImageRef, StoredImage
 from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array
 from vlmamba.data.conversation import OrphanTokens
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.data.sources import sample_of
-from vlmamba.data.types import ImageRef, LazyImage, RowError, Sample
+from vlmamba.data.types import RowError, Sample
 from vlmamba.errors import DataError, MissingFileError, require
 
 TEXTS = ("json", "txt", "caption")
@@ -272,7 +273,7 @@ def _sample(
     """A sample of its members: (kind, how to read it)."""
     texts = {kind: read for kind, read in members if kind in TEXTS}
     images: list[ImageRef] = [
-        LazyImage(f"{kind} image {n} of {where}", read)
+        StoredImage(f"{kind} image {n} of {where}", read)
         for n, (kind, read) in enumerate((kind, read) for kind, read in members if kind in PICTURES)
     ]
     row: Any = {}

@@ -11,10 +11,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.images import ImageRef, StoredImage, open_image
+from vlmamba.common.vocabulary import IGNORE_INDEX
 from vlmamba.data.dataset import VLDataset
-from vlmamba.data.encode import IGNORE
-from vlmamba.data.images import open_image
-from vlmamba.data.types import ImageRef, LazyImage, RowError
+from vlmamba.data.types import RowError
 from vlmamba.errors import ImageError
 
 GREEN, DIM, BLUE, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[34m", "\x1b[0m"
@@ -58,7 +58,7 @@ def _pieces(processor: Any, ids: Sequence[int], labels: Sequence[int]) -> list[P
     def kind(place: int) -> str:
         if ids[place] == processor.image_token_id:
             return "image"
-        return "learnt" if labels[place] != IGNORE and place else "text"
+        return "learnt" if labels[place] != IGNORE_INDEX and place else "text"
 
     pieces = []
     for name, places in groupby(range(len(ids)), key=kind):
@@ -133,6 +133,6 @@ def _img(ref: ImageRef) -> str:
 def _describe(ref: ImageRef) -> str:
     if isinstance(ref, Path):
         return str(ref)
-    if isinstance(ref, LazyImage):
-        return ref.what
+    if isinstance(ref, StoredImage):
+        return ref.name
     return f"{len(ref)} bytes" if isinstance(ref, bytes) else f"{ref.width} x {ref.height}"

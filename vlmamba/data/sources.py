@@ -5,14 +5,15 @@ implements `vlmamba.data.types.Source`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlmamba.common.images import ImageRef
 from vlmamba.data.conversation import OrphanTokens, parse_row
 from vlmamba.data.downloads import missing_file_message
-from vlmamba.data.images import resolve_image_path
 from vlmamba.data.index import RowFile
-from vlmamba.data.types import ImageRef, RowError, Sample, Source, Stream
+from vlmamba.data.types import RowError, Sample, Source, Stream
 from vlmamba.errors import DataError, ImageError, MissingFileError
 from vlmamba.registry import Registry
 
@@ -24,6 +25,53 @@ SOURCES.add("webdataset", "vlmamba.data.shards:ShardSource")
 STREAMS: Registry[type] = Registry("data stream")
 STREAMS.add("hf", "vlmamba.data.huggingface:HuggingFaceStream")
 STREAMS.add("webdataset", "vlmamba.data.shards:ShardStream")
+
+_DRIVE = re.compile(r"^[A-Za-z]:")
+
+
+def resolve_image_path(root: Path, name: str, *, allow_symlinks: bool = True) -> Path:
+    """The file that an annotation row means; backslashes count as slashes.
+
+    The check is made on names: ``..`` cannot leave the root, whatever the disk looks like. Symbolic links
+    inside the root are followed by default, because image folders are commonly linked from other disks.
+
+    Args:
+        root: The image root.
+        name: The path in the row, relative to the root (an absolute path inside the root is accepted).
+        allow_symlinks: False: the file's real path must be inside the root's real path too.
+
+    Raises:
+        ImageError: The path leaves the root, is a URL, or is no path.
+    """
+    if "\0" in name or not name.strip():
+        raise ImageError(f"image path {name!r} is not a path")
+    if "://" in name:
+        raise ImageError(
+            f"image path {name!r} is an address; download the image and give its path under {root}"
+        )
+    slashed = name.replace("\\", "/")
+    if _DRIVE.match(slashed) or slashed.startswith("//"):
+        raise ImageError(
+            f"image path {name!r} is an absolute Windows path; write it relative to the image root {root}"
+        )
+    base = os.path.normpath(root.absolute())
+    resolved = os.path.normpath(os.path.join(base, slashed))  # noqa: PTH118 (normpath has no pathlib form)
+    if not _inside(resolved, base):
+        raise ImageError(
+            f"image path {name!r} leaves its root: it means {resolved}, which is outside {base}. "
+            "Write it relative to the root, or move the root up"
+        )
+    if not allow_symlinks:
+        real, real_base = os.path.realpath(resolved), os.path.realpath(base)
+        if not _inside(real, real_base):
+            raise ImageError(
+                f"image path {name!r} leaves its root through a link: it means {real}, outside {real_base}"
+            )
+    return Path(resolved)
+
+
+def _inside(path: str, base: str) -> bool:
+    return path.startswith(base.rstrip(os.sep) + os.sep)
 
 
 def sample_of(
@@ -70,7 +118,7 @@ class LLaVASource:
         image_root: The folder of the images; may be left out when no row has an image.
         name: A name for logs (default: the file's stem).
         orphan_tokens: See `vlmamba.data.conversation.parse_row`.
-        allow_symlinks: See `vlmamba.data.images.resolve_image_path`.
+        allow_symlinks: See `resolve_image_path`.
         hint: Where the files can be had, for the message when they are missing.
 
     Raises:

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vlmamba.common.vocabulary import IGNORE_INDEX
 from vlmamba.data.collate import collate
 from vlmamba.data.dataset import bad_record
-from vlmamba.data.encode import IGNORE, SampleEncoder
+from vlmamba.data.encode import SampleEncoder
 from vlmamba.data.ledger import BadSamples
 from vlmamba.data.loader import Step, as_is, received, set_up_worker
 from vlmamba.data.types import Batch, Item, RowError, Sample, Stream
@@ -313,7 +314,7 @@ def _nothing(pad: int) -> Item:
     ids = torch.full((2,), pad, dtype=torch.long)
     return {
         "input_ids": ids,
-        "labels": torch.full_like(ids, IGNORE),
+        "labels": torch.full_like(ids, IGNORE_INDEX),
         "pixel_values": None,
         "id": None,
         "filler": True,

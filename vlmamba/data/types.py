@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image
 
+from vlmamba.common.images import ImageRef
+from vlmamba.common.vocabulary import Message
 from vlmamba.errors import DataError
-
-Message = dict[str, Any]
-"""``{"role": "system"|"user"|"assistant", "content": [{"type": "image"} | {"type": "text", "text": str},
-...]}``."""
-
-
-@dataclass(frozen=True)
-class LazyImage:
-    """An image file inside something larger (a shard, a table), read when it is needed.
-
-    Attributes:
-        what: What it is called in messages.
-        read: Its bytes. Raises OSError when they cannot be had.
-    """
-
-    what: str
-    read: Callable[[], bytes]
-
-
-ImageRef = Path | bytes | LazyImage | Image.Image
-"""An image as a source names it: a file, the bytes of a file, how to read them, or a picture already open."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +147,7 @@ EVENTS = (
     "empty_answer",
     "invalid_unicode",
     "image_suffix_replaced",
+    "image_of_one_colour",
     "truncated",
     "turns_dropped",
     "replaced",

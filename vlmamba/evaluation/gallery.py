@@ -15,7 +15,7 @@ from vlmamba.errors import DataError
 from vlmamba.evaluation.conversations import HALF
 from vlmamba.evaluation.records import read_records, record_key
 from vlmamba.evaluation.scoring import score_answers
-from vlmamba.evaluation.task import ImageRef, Sample, Task, fetch_image
+from vlmamba.evaluation.task import ImageRef, Sample, Task
 
 LARGEST_SIDE = 320
 """Pixels; larger pictures are shrunk before they are embedded."""
@@ -123,10 +123,10 @@ def data_uri(image: ImageRef) -> str:
     Raises:
         ImageError: It cannot be read.
     """
-    from vlmamba.data.images import open_image
+    from vlmamba.common.images import open_image
 
     # A picture that was open comes back as it is, and belongs to the caller.
-    picture = open_image(fetch_image(image)).copy()
+    picture = open_image(image).copy()
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     kind, data = "png", _encoded(picture, "PNG")
     if len(data) > LARGEST_PNG:

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmamba.data.images import open_image
 from vlmamba.errors import DataError, ImageError
-from vlmamba.evaluation.task import Sample, StoredImage, fetch_image, image_first
+from vlmamba.evaluation.task import Sample, StoredImage, image_first
 from vlmamba.models.language import family_of
 from vlmamba.models.language.versions import cache_of
 
@@ -71,7 +70,7 @@ def model_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> d
     device = model.device
     ids = [[processor.pad_token_id] * (width - len(q.input_ids)) + q.input_ids for q in questions]
     mask = [[0] * (width - len(q.input_ids)) + [1] * len(q.input_ids) for q in questions]
-    pictures = [picture for q in questions for picture in open_pictures(q.sample)]
+    pictures = [picture for q in questions for picture in open_pictures(processor, q.sample)]
     pixels = None
     if pictures:
         pixels = processor.image_processor(pictures)["pixel_values"].to(device, model.dtype)
@@ -261,14 +260,14 @@ def converse(model: Any, processor: Any, samples: Sequence[Sample], *, max_new_t
     return replies
 
 
-def open_pictures(sample: Sample) -> list[Any]:
-    """The pictures of a question.
+def open_pictures(processor: Any, sample: Sample) -> list[Any]:
+    """The pictures of a question, as the model is to see them.
 
     Raises:
         ImageError: One cannot be read; the message names the question.
     """
     try:
-        return [open_image(fetch_image(image)) for image in sample.images]
+        return [processor.image_processor.open(image) for image in sample.images]
     except ImageError as error:
         raise ImageError(f"question {sample.question_id!r}: {error}") from error
 

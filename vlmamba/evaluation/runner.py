@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from vlmamba.data.images import find_image
+from vlmamba.common.images import find_image
 from vlmamba.errors import ConfigError, DataError, ImageError
 from vlmamba.evaluation.generation import (
     Question,

@@ -18,40 +18,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
+from typing import Any, Literal, NamedTuple
 
+from vlmamba.common.images import ImageRef, StoredImage
+from vlmamba.common.vocabulary import IMAGE_TOKEN
 from vlmamba.config import list_recipes, load_python_file
 from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.evaluation.records import Record
 from vlmamba.evaluation.scorers import Score, exact_match
 from vlmamba.registry import close_matches
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-IMAGE_TOKEN = "<image>"
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """A picture inside a data file (a TSV, a parquet file): read when it is needed.
-
-    Attributes:
-        name: Tells it from other pictures of the task; two with the same name are the same picture.
-        read: Returns the bytes of its file.
-    """
-
-    name: str
-    read: Callable[[], bytes] = field(compare=False, repr=False)
-
-
-ImageRef = Union[Path, bytes, StoredImage, "Image.Image"]
-"""A picture as a task names it: a file, the bytes of a file, one inside a data file, or one already open."""
-
-
-def fetch_image(image: ImageRef) -> Path | bytes | Image.Image:
-    """A picture in a form that `vlmamba.data.images.open_image` takes."""
-    return image.read() if isinstance(image, StoredImage) else image
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class Answerer:
             ImageError: A picture cannot be read (before the first piece).
         """
         question = encode_question(self.processor, self._sample(0, request), request.messages)
-        open_pictures(question.sample)
+        open_pictures(self.processor, question.sample)
         ending = Ending()
         return AnswerStream(self._pieces(question, max_new_tokens, until, sampling or {}, ending), ending)
 

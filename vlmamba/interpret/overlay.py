@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmamba.models.image_processing import VLMambaImageProcessor, to_rgb
+from vlmamba.models.image_processing import VLMambaImageProcessor
 
 SMALLEST, LARGEST = 384, 768
 """Sides in pixels: smaller pictures are enlarged by a whole factor, larger ones shrunk."""
@@ -99,7 +99,7 @@ def overlay(picture: Any, heat: np.ndarray, processor: VLMambaImageProcessor) ->
         heat: (H, W); 0 and below stays clear, the largest value is brightest.
         processor: The image processor of the model.
     """
-    original = to_rgb(picture, exif_transpose=processor.exif_transpose)
+    original = processor.open(picture)
     places = patch_grid(processor, original.size, (int(heat.shape[0]), int(heat.shape[1])))
     shown = _resized(original)
     pixels = np.asarray(shown, dtype=np.float64) / 255

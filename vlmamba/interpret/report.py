@@ -15,11 +15,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from vlmamba.common.images import image_size
 from vlmamba.evaluation.templating import template, write_page
 from vlmamba.interpret.answers import Answer
 from vlmamba.interpret.methods import check_method, explain, methods_of
 from vlmamba.interpret.overlay import overlay, patch_grid, png
-from vlmamba.models.image_processing import to_rgb
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor
 
@@ -122,7 +122,7 @@ def write_inspection(
         picture = answer.images[one.image]
         data = png(overlay(picture, one.values, images))
         (target / one.name).write_bytes(data)
-        size = to_rgb(picture, exif_transpose=images.exif_transpose).size
+        size = image_size(picture, exif_transpose=images.exif_transpose)
         places = patch_grid(images, size, one.values.shape)
         row = tokens.setdefault(
             one.token,

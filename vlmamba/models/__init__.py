@@ -1,7 +1,7 @@
 """Models: encoders, connectors, language models, and the vision-language model made of them.
 
 Importing this package registers vlmamba with transformers' Auto classes (`AutoConfig`, `AutoModel`,
-`AutoModelForCausalLM`, `AutoModelForImageTextToText`, `AutoImageProcessor`, `AutoProcessor`).
+`AutoModelForCausalLM`, `AutoModelForImageTextToText`, `AutoImageProcessor`, `AutoProcessor`) and its pipeline.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from vlmamba.models.configuration import VLMambaConfig
 from vlmamba.models.image_processing import VLMambaImageProcessor
 from vlmamba.models.modeling import VLMambaForConditionalGeneration, VLMambaModel
+from vlmamba.models.pipeline import PicturePipeline
 from vlmamba.models.processing import VLMambaProcessor
 
 AutoConfig.register(VLMambaConfig.model_type, VLMambaConfig, exist_ok=True)
@@ -28,6 +30,7 @@ AutoProcessor.register(VLMambaConfig, VLMambaProcessor, exist_ok=True)
 AutoImageProcessor.register(
     VLMambaConfig, image_processor_classes={"pil": VLMambaImageProcessor}, exist_ok=True
 )
+PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = PicturePipeline
 
 __all__ = [
     "VLMambaConfig",

@@ -23,12 +23,9 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from vlmamba.common.vocabulary import IMAGE_TOKEN, Message
 from vlmamba.errors import ConfigError, DataError
 from vlmamba.registry import close_matches
-
-Message = Mapping[str, Any]
-
-IMAGE_TOKEN = "<image>"
 
 # Unicode noncharacters, set aside for internal use by the Unicode standard (section 23.7); text may not contain them.
 _START, _END, _LITERAL = "\ufdd0", "\ufdd1", 0xFDD2

@@ -1,4 +1,4 @@
-"""Images of any kind to normalised pixel values, with PIL and numpy alone.
+"""Pictures to normalised pixel values, with PIL and numpy alone.
 
 Saved and loaded as JSON like any transformers image processor.
 
@@ -7,18 +7,16 @@ Shapes: n images, C = 3 * number of normalisations, S side of the square output.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from vlmamba.errors import ConfigError, ImageError
+from vlmamba.common.images import open_image
+from vlmamba.errors import ConfigError
 from vlmamba.registry import close_matches
 
 MODES = ("pad", "resize", "crop")
@@ -40,7 +38,6 @@ _FROM_TRANSFORMERS = (
     "auto_map",
     "_processor_class",
 )
-_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class VLMambaImageProcessor(BaseImageProcessor):
@@ -125,9 +122,7 @@ class VLMambaImageProcessor(BaseImageProcessor):
         """Prepare images.
 
         Args:
-            images: One image or a (nested) list of images. An image is a PIL image of any mode, a numpy array
-                or torch tensor ((H, W), (H, W, C) or (C, H, W); uint8, uint16, or floats in [0, 1]), encoded
-                bytes, or a path.
+            images: One image or a (nested) list of images, of any kind that `vlmamba.common.images.open_image` takes.
             return_tensors: "pt" for a torch tensor, "np" for a numpy array.
             **kwargs: Nothing else is known; keys set to None are ignored.
 
@@ -135,7 +130,7 @@ class VLMambaImageProcessor(BaseImageProcessor):
             ``{"pixel_values": (n, C, S, S) float32}``.
 
         Raises:
-            ImageError: An image cannot be read or has no pixels.
+            ImageError: An image cannot be read.
             ConfigError: An unknown argument.
         """
         unknown = [key for key, value in kwargs.items() if value is not None]
@@ -151,9 +146,13 @@ class VLMambaImageProcessor(BaseImageProcessor):
             self.process_one(image, out)
         return BatchFeature(data={"pixel_values": stacked}, tensor_type=return_tensors)
 
+    def open(self, image: Any, events: list[str] | None = None) -> Image.Image:
+        """The picture that `process_one` prepares: `vlmamba.common.images.open_image` with this model's setting."""
+        return open_image(image, exif_transpose=self.exif_transpose, events=events)
+
     def process_one(self, image: Any, out: np.ndarray | None = None) -> np.ndarray:
         """One image (any kind that `preprocess` takes) to a (C, S, S) float32 array, or into `out`."""
-        picture = to_rgb(image, exif_transpose=self.exif_transpose)
+        picture = self.open(image)
         squares: dict[tuple[int, ...], list[np.ndarray]] = {}
         result = np.empty(self.output_shape, dtype=np.float32) if out is None else out
         for start in range(0, self.num_channels, 3):
@@ -212,112 +211,6 @@ def _crop_centre(picture: Image.Image, side: int, filter_: Image.Resampling) -> 
     resized = picture.resize((new_width, new_height), resample=filter_)
     left, top = (new_width - side) // 2, (new_height - side) // 2
     return resized.crop((left, top, left + side, top + side))
-
-
-def to_rgb(image: Any, *, exif_transpose: bool = False) -> Image.Image:
-    """Any supported image as an 8-bit RGB PIL image.
-
-    An alpha channel is dropped, not blended, as pre-trained pipelines do; 16-bit grey is scaled to 8 bits.
-
-    Raises:
-        ImageError: Not an image, unreadable, or without pixels.
-    """
-    picture = _open(image)
-    if min(picture.size) < 1:
-        raise ImageError(f"an image of {picture.size[0]} x {picture.size[1]} pixels has nothing to show.")
-    try:
-        if exif_transpose:
-            picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "RGB":
-            picture.load()
-            return picture
-        if picture.mode in _WIDE_MODES:
-            wide = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-            return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
-        if picture.mode == "F":
-            raise ImageError(
-                "an image of mode 'F' (32-bit float) has no defined range. Convert it to 8 bits first."
-            )
-        if picture.mode in ("P", "PA") and "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-        return picture.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ImageError(
-            f"cannot decode an image of {picture.size[0]} x {picture.size[1]} pixels: {error}"
-        ) from error
-
-
-def _open(image: Any) -> Image.Image:
-    """A PIL image from whatever was given."""
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, (str, PathLike, bytes)):
-        return _open_encoded(image)
-    if isinstance(image, np.ndarray):
-        return _from_array(image, prefer_first=False)
-    if hasattr(image, "detach") and hasattr(image, "cpu"):
-        tensor = image.detach().cpu()
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        return _from_array(array, prefer_first=True)
-    raise ImageError(
-        f"expected an image (PIL, numpy array, torch tensor, bytes or path) but got {type(image).__name__}."
-    )
-
-
-def _open_encoded(image: str | PathLike[str] | bytes) -> Image.Image:
-    """Decode a file or bytes."""
-    name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
-    if not isinstance(image, bytes) and not Path(image).is_file():
-        raise ImageError(f"no image file at {name}.")
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-            return opened
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image of a known format.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot read the image {name}: {error}") from error
-
-
-def _from_array(array: np.ndarray, *, prefer_first: bool) -> Image.Image:
-    """A PIL image from an array, channels last or first."""
-    given = array
-    if array.ndim == 3:
-        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
-        if first and (prefer_first or not last):
-            array = array.transpose(1, 2, 0)
-        elif not last:
-            raise ImageError(
-                f"an array of shape {given.shape} is not an image: no axis of 1, 3 or 4 channels."
-            )
-        if array.shape[2] == 1:
-            array = array[:, :, 0]
-    elif array.ndim != 2:
-        raise ImageError(f"an array of shape {given.shape} is not an image: expected 2 or 3 dimensions.")
-    if 0 in array.shape:
-        raise ImageError(f"an array of shape {given.shape} has no pixels.")
-    return Image.fromarray(np.ascontiguousarray(_to_bytes(array)))
-
-
-def _to_bytes(array: np.ndarray) -> np.ndarray:
-    """Pixel values as uint8."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
-        return (array >> 8).astype(np.uint8)
-    low, high = float(array.min()), float(array.max())
-    if np.issubdtype(array.dtype, np.integer) and low >= 0 and high <= 255:
-        return array.astype(np.uint8)
-    if np.issubdtype(array.dtype, np.floating) and low >= 0 and high <= 1:
-        return np.rint(array * 255).astype(np.uint8)
-    raise ImageError(
-        f"an array of {array.dtype} with values {low:g} to {high:g} is not an image: expected uint8, "
-        f"uint16, integers in "
-        f"0..255 or floats in 0..1 (already normalised pixel values go to the model, not to the image "
-        f"processor)."
-    )
 
 
 def _flatten(images: Any) -> Iterator[Any]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import BatchFeature, PreTrainedTokenizerBase
-from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
+from vlmamba.common.images import from_base64
+from vlmamba.common.vocabulary import IGNORE_INDEX, IMAGE_TOKEN, Message
 from vlmamba.errors import ConfigError, DataError
 from vlmamba.models.chat import (
-    IMAGE_TOKEN,
-    Message,
     Piece,
     Segment,
     marks_answers,
@@ -30,8 +29,6 @@ from vlmamba.models.chat import (
     template_variables,
 )
 from vlmamba.models.processor_options import BatchOptions, read_options
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,11 +282,7 @@ class VLMambaProcessor(ProcessorMixin):
 
     def _images(self, images: Any, return_tensors: str | None) -> BatchFeature:
         flat = _flatten(images)
-        if not flat:
-            return BatchFeature({})
-        return self.image_processor(
-            [load_image(i) if isinstance(i, str) else i for i in flat], return_tensors=return_tensors
-        )
+        return self.image_processor(flat, return_tensors=return_tensors) if flat else BatchFeature({})
 
 
 def _check_counts(expected: Sequence[int], images: Any) -> None:
@@ -361,7 +354,7 @@ def _image_of(part: Mapping[str, Any]) -> Any:
     keys = ("image", "path", "url", "base64")
     for key in keys:
         if part.get(key) is not None:
-            return part[key]
+            return from_base64(part[key]) if key == "base64" else part[key]
     raise DataError(f"an image part has none of the keys {', '.join(map(repr, keys))}")
 
 

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+from vlmamba.common.vocabulary import IGNORE_INDEX
 from vlmamba.errors import ShapeError
-
-IGNORE_INDEX = -100
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states (..., D) to logits (..., V): a module, or `families.language_logits` of a model."""
