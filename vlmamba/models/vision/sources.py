@@ -115,7 +115,7 @@ def image_settings(path: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         found = read_config(path, "", "preprocessor_config.json")
     except MissingFileError:
         return {}
-    resample = RESAMPLE_NAMES.get(found.get("resample"))
+    resample = RESAMPLE_NAMES.get(found.get("resample", -1))
     return differences(defaults, found.get("image_mean"), found.get("image_std"), resample=resample)
 
 
