@@ -82,7 +82,7 @@ def check_integers(op: str, label: str, tensor: Tensor | None, limit: int | None
     low, high = (int(value) for value in torch.aminmax(tensor))
     if low < 0 or high >= limit:
         raise ShapeError(
-            f"{op}: {label} has values from {low} to {high}, but positions from 0 to {limit - 1} exist."
+            f"{op}: {label} has values from {low} to {high}, but only those from 0 to {limit - 1} exist."
         )
 
 
