@@ -22,7 +22,7 @@ from vlmamba.training.flops import (
     scan_flops,
 )
 from vlmamba.training.metrics import Window
-from vlmamba.training.parallel import SingleProcess
+from vlmamba.training.parallel import Parallel
 from vlmamba.training.parts import set_trainable
 from vlmamba.training.run import enable_checkpointing
 from vlmamba.training.tracing import StepShape, trace_step
@@ -143,7 +143,7 @@ def test_recomputation_is_not_counted_in_model_flops() -> None:
 def test_mfu_of_a_window() -> None:
     window = Window(flops=FlopCount(1e6, 2e6, 3e6), peak=1e12, tokens=100, supervised=10, images=5)
     window.started -= 1.0
-    line = window.line(SingleProcess(torch.device("cpu")), step=1, epoch=0.0)
+    line = window.line(Parallel(torch.device("cpu")), step=1, epoch=0.0)
     assert line["mfu"] == pytest.approx((100e6 + 20e6 + 15e6) / 1e12, rel=0.2, abs=5e-5)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from vlmamba.common.processes import pick_device
 from vlmamba.config import dump_yaml, field_infos, load_yaml
 from vlmamba.errors import ConfigError
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import plan_settings
-from vlmamba.training.parallel import make_parallel, pick_device
+from vlmamba.training.parallel import make_parallel
 
 MakeConfig = Callable[..., TrainConfig]
 

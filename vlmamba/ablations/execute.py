@@ -23,9 +23,8 @@ from types import FrameType
 from typing import Literal
 
 from vlmamba.ablations.graph import Graph, Node, write_nodes
+from vlmamba.common.processes import EXIT_STOPPED, STOP_SIGNALS, end_with_parent
 from vlmamba.evaluation.tables import duration
-from vlmamba.training.faults import EXIT_STOPPED, STOP_SIGNALS
-from vlmamba.training.parallel.spawn import end_with_parent
 from vlmamba.training.run_dir import git_commit, write_text
 
 logger = logging.getLogger(__name__)

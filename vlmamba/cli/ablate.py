@@ -12,9 +12,9 @@ from pathlib import Path
 
 from vlmamba.ablations.table import FOLDER, Table, load_table, table_name, table_names
 from vlmamba.cli.evaluate import add_switches, chosen_switches
+from vlmamba.common.processes import EXIT_STOPPED
 from vlmamba.config.overrides import parse_overrides
 from vlmamba.errors import ConfigError, VLMambaError
-from vlmamba.training.faults import EXIT_STOPPED
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 EXAMPLES = """examples:

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from vlmamba.common.processes import Group, pick_device, read_launch
 from vlmamba.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
 from vlmamba.evaluation.predictions import score_predictions as score_predictions
-from vlmamba.evaluation.ranks import Ranks
 from vlmamba.evaluation.records import read_records, record_key, remove_answers
 from vlmamba.evaluation.scoring import given_answers
 from vlmamba.evaluation.task import Task, load_task
@@ -40,7 +40,7 @@ def evaluate_checkpoint(
     device: str = "auto",
     dtype: str = "auto",
     switches: Mapping[str, Any] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Group | None = None,
 ) -> dict[str, Any]:
     """Ask a checkpoint the questions of some tasks; write answers, submissions and ``results.json``.
 
@@ -79,7 +79,7 @@ def evaluate_checkpoint(
     from vlmamba.evaluation.runner import evaluate
     from vlmamba.evaluation.switches import apply_switches
 
-    ranks = ranks or Ranks()
+    ranks = ranks or Group()
     model, processor = load_for_evaluation(checkpoint, device, dtype)
     apply_switches(model, processor, switches or {})
     target = _output_folder(Path(checkpoint) / "eval" if output is None else Path(output))
@@ -138,16 +138,13 @@ def load_for_evaluation(checkpoint: str | Path, device: str = "auto", dtype: str
 
     from vlmamba.models.builder import load_model
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} was asked for, but torch sees no GPU here; use cpu or auto")
+    place = pick_device(device, read_launch().local_rank)
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
     if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        dtype = "bfloat16" if place.type == "cuda" else "float32"
     model, processor = load_model(checkpoint, getattr(torch, dtype))
-    return model.to(device).eval(), processor
+    return model.to(place).eval(), processor
 
 
 def load_tasks(

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
+from vlmamba.common.processes import Group
 from vlmamba.config.files import load_python_file
 from vlmamba.errors import ConfigError, MissingFileError, TrainingError
 from vlmamba.registry import close_matches
 from vlmamba.training.checkpoint import rng_state, set_rng_state
 from vlmamba.training.config import EvaluationConfig
 from vlmamba.training.metrics import JsonlLogger, MetricLogger
-from vlmamba.training.parallel import Channel, Parallel
+from vlmamba.training.parallel import Parallel
 from vlmamba.training.parts import set_modes
 from vlmamba.training.precision import autocast
 
@@ -104,7 +105,7 @@ class Evaluations:
     processor: Any
     run_dir: Path
     parallel: Parallel
-    channel: Channel
+    channel: Group
     precision: str
 
     def __post_init__(self) -> None:

@@ -16,16 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.processes import STOP_SIGNALS
 from vlmamba.errors import CheckpointError
 from vlmamba.training.run_dir import write_failure
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 75
-"""Stopped on request after saving: start the same command again with --resume (EX_TEMPFAIL of sysexits.h)."""
 EXIT_STALLED = 74
 """Nothing moved for `stall_seconds`; stacks were written down."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STDERR = 2
 """The descriptor: `sys.stderr` may be something without one, as in a notebook."""
 NONFINITE_FILE = "nonfinite.jsonl"

@@ -91,8 +91,8 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     check_files(config)
     given, config = config, fit_micro_batch(config, parallel.world_size)
     run_dir = Path(config.output)
-    channel = parallel.channel()
-    with main_first(parallel):
+    channel = parallel.apart()
+    with parallel.main_first():
         logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
         sources = open_sources(config)
     start = channel.on_main(lambda: _open_run(given, run_dir, parallel, resume=resume, force=force))
@@ -108,7 +108,7 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         seed_all(config.seed + parallel.rank)  # dropout differs between processes, first weights do not
 
     # Data, strategy, optimizer, schedule.
-    with main_first(parallel):
+    with parallel.main_first():
         loader = build_data(config, sources, processor, parallel, run_dir=run_dir)
     count = total_steps(config, loader)
     logger.info("data: %s rows, %d steps of %s", loader.num_rows or "streamed", count, config.batch.step)
@@ -319,16 +319,6 @@ def _open_run(
     write_text(run_dir / CONFIG_FILE, dump_yaml(config))
     write_environment(run_dir / ENVIRONMENT_FILE, parallel.device, start_step=step or 0)
     return start
-
-
-@contextmanager
-def main_first(parallel: Parallel) -> Iterator[None]:
-    """The first process does it, then the others, which find what it has left on the disk."""
-    if not parallel.is_main:
-        parallel.barrier()
-    yield
-    if parallel.is_main:
-        parallel.barrier()
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Checkpointer:
     ) -> None:
         self.run_dir, self.parallel, self.model, self.optimizer = run_dir, parallel, model, optimizer
         self.keep_last, self.keep_every, self.in_background = keep_last, keep_every, in_background
-        self.channel: Any = parallel.channel()
+        self.channel = parallel.apart()
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
 
@@ -133,7 +133,7 @@ class Checkpointer:
         final = checkpoints.checkpoint_path(self.run_dir, state.step)
         opened = ExitStack()
         directory = Path(self.channel.on_main(lambda: str(opened.enter_context(whole_directory(final)))))
-        group = self.channel.group
+        group = self.channel.handle
         pending = start_writing_shards(directory, flat, group) if self.in_background else None
 
         def write() -> None:
