@@ -216,6 +216,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where results are kept that take long and can be computed again: ``$VLMAMBA_CACHE``, or ``~/.cache/vlmamba``.
+
+    Raises:
+        RuntimeError: There is no home folder.
+    """
+    return Path(os.environ.get("VLMAMBA_CACHE") or Path.home() / ".cache" / "vlmamba").expanduser()
+
+
 @contextmanager
 def locked(path: Path, *, busy: str | None, error: type[VLMambaError] = ConfigError) -> Iterator[None]:
     """Hold a lock file; the system lets go of it when the process ends, however it ends.
