@@ -278,7 +278,7 @@ class _Expansion:
 
 def write_nodes(graph: Graph, store: str | Path) -> None:
     """Write the configs that train nodes are started from."""
-    from vlmamba.training.run_dir import write_text
+    from vlmamba.common.files import replace_text
 
     folder = Path(store) / "nodes"
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ def write_nodes(graph: Graph, store: str | Path) -> None:
         if node.config is not None:
             text, file = dump_yaml(node.config), folder / f"{node.id}.yaml"
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
-                write_text(file, text)
+                replace_text(file, text)
 
 
 def _text(value: Any) -> str:

@@ -117,11 +117,6 @@ class Evaluations:
         if self.parallel.is_main and self.configs:
             self._log = JsonlLogger(self.run_dir / EVALUATION_LOG, resume_step=resume_step)
 
-    def close(self) -> None:
-        """The run ends."""
-        if self._log is not None:
-            self._log.close()
-
     def __call__(self, step: int, *, last: bool, loggers: Sequence[MetricLogger] = ()) -> float:
         """Run those that are due after a step; returns the seconds they took.
 

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.files import append_text
 from vlmamba.common.processes import STOP_SIGNALS
-from vlmamba.errors import CheckpointError
-from vlmamba.training.run_dir import write_failure
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +112,8 @@ def record_nonfinite(run_dir: Path, entry: Mapping[str, Any], samples: Sequence[
     """Append a step that was not taken, with its samples, to ``nonfinite.jsonl``.
 
     Raises:
-        CheckpointError: The disk is full or fails.
+        WriteError: The disk is full or fails.
     """
     path = run_dir / NONFINITE_FILE
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "samples": list(samples)}) + "\n")
-    except OSError as error:
-        raise CheckpointError(write_failure(path, error)) from error
+    append_text(path, json.dumps({**entry, "samples": list(samples)}) + "\n")
     return path

@@ -153,7 +153,7 @@ def worker_deaths() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if isinstance(error, TrainingError) or "DataLoader worker" not in str(error):
             raise
         raise TrainingError(
             f"a data worker process ended: {str(error).splitlines()[0].strip()} The usual cause is too little memory: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlmamba.common.files import replace_text
 from vlmamba.config import dump_yaml, load_yaml
 from vlmamba.errors import CheckpointError
 from vlmamba.models.builder import build_model
@@ -35,7 +36,7 @@ from vlmamba.training.optim import build_optimizer
 from vlmamba.training.parallel import Parallel, make_parallel
 from vlmamba.training.parts import format_parts, parts_table, set_modes, set_trainable
 from vlmamba.training.precision import compute_dtype, set_precision
-from vlmamba.training.run_dir import claim_run_dir, write_environment, write_text
+from vlmamba.training.run_dir import claimed, write_environment
 from vlmamba.training.saving import Checkpointer, restore
 from vlmamba.training.schedule import Schedule
 
@@ -81,12 +82,13 @@ def run(config: TrainConfig, *, resume: bool = False, force: bool = False) -> Ru
         TrainingError: Loss or gradients are not finite.
     """
     parallel = make_parallel(config.parallel, config.device, config)
-    result = _run(config, parallel, resume=resume, force=force)
+    with ExitStack() as held:
+        result = _run(config, parallel, held, resume=resume, force=force)
     parallel.close()
     return result
 
 
-def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) -> RunResult:
+def _run(config: TrainConfig, parallel: Parallel, held: ExitStack, *, resume: bool, force: bool) -> RunResult:
     # Config, files, and a folder that is ours.
     check_files(config)
     given, config = config, fit_micro_batch(config, parallel.world_size)
@@ -95,7 +97,7 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
     with parallel.main_first():
         logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
         sources = open_sources(config)
-    start = channel.on_main(lambda: _open_run(given, run_dir, parallel, resume=resume, force=force))
+    start = channel.on_main(lambda: _open_run(given, run_dir, parallel, held, resume=resume, force=force))
 
     # Model: built from its parts, weights of an earlier stage put in, what trains decided.
     model, processor = prepare_model(config, parallel.device)
@@ -121,14 +123,14 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         track_mean(optimizer, config.ema)
 
     # Where an earlier start of this run stopped.
-    state = checkpoints.RunState(total_steps=count, frozen=frozen)
+    state = checkpoints.RunState(total_steps=count, frozen=frozen, config=given.to_dict())
     if start is not None:
         saved = checkpoints.read_state(start)
         if not force:
             checkpoints.check_same_rest(saved, frozen=frozen, total_steps=count, where=start)
         loader.load_state_dict(saved.data)
         state = restore(start, parallel, model, optimizer)
-        state.total_steps, state.frozen = count, frozen
+        state.total_steps, state.frozen, state.config = count, frozen, given.to_dict()
         logger.info("continuing from %s", start)
 
     # The loop.
@@ -147,7 +149,6 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         evaluate=evaluations,
     )
     outcome = _guarded_loop(training, model, run_dir)
-    evaluations.close()
 
     # A plain transformers directory.
     if outcome == "stopped":
@@ -293,11 +294,15 @@ def export_run(run_dir: str | Path, directory: str | Path | None = None, *, mean
         CheckpointError: It has no checkpoint, or that has no means.
     """
     run_dir = Path(run_dir)
-    config = load_yaml(run_dir / CONFIG_FILE, TrainConfig)
-    assert isinstance(config, TrainConfig)
     newest = checkpoints.latest_checkpoint(run_dir)
     if newest is None:
         raise CheckpointError(f"{run_dir} has no checkpoint to export.")
+    state = checkpoints.read_state(newest)
+    checkpoints.verify(newest, state)
+    config = (
+        TrainConfig.from_dict(state.config) if state.config else load_yaml(run_dir / CONFIG_FILE, TrainConfig)
+    )
+    assert isinstance(config, TrainConfig)
     model, processor = prepare_model(config, torch.device("cpu"))
     checkpoints.load_trained(newest, model)
     if mean:
@@ -307,16 +312,15 @@ def export_run(run_dir: str | Path, directory: str | Path | None = None, *, mean
 
 
 def _open_run(
-    config: TrainConfig, run_dir: Path, parallel: Parallel, *, resume: bool, force: bool
+    config: TrainConfig, run_dir: Path, parallel: Parallel, held: ExitStack, *, resume: bool, force: bool
 ) -> Path | None:
     """Claim the folder and write down config and environment; returns the checkpoint to continue from."""
-    step = claim_run_dir(run_dir, resume=resume, latest_step=checkpoints.latest_step)
+    step = held.enter_context(claimed(run_dir, resume=resume))
     start = checkpoints.latest_checkpoint(run_dir) if step is not None else None
     if start is not None:
         saved = load_yaml(run_dir / CONFIG_FILE, TrainConfig)
         checkpoints.check_same_config(saved, config, run_dir / CONFIG_FILE, force=force)
-    checkpoints.remove_leftovers(run_dir)
-    write_text(run_dir / CONFIG_FILE, dump_yaml(config))
+    replace_text(run_dir / CONFIG_FILE, dump_yaml(config))
     write_environment(run_dir / ENVIRONMENT_FILE, parallel.device, start_step=step or 0)
     return start
 

@@ -118,9 +118,6 @@ class Parallel(Group):
         """
         from vlmamba.training.checkpoint import copy_into
         from vlmamba.training.optim import load_named_state
-        from vlmamba.training.sharded import check_names
 
-        wanted = self.trained_tensors(model)
-        check_names(where, wanted, {n: t.shape for n, t in tensors.items()})
-        copy_into(wanted, tensors)
+        copy_into(where, self.trained_tensors(model), tensors)
         load_named_state(optimizer, state)
