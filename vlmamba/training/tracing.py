@@ -109,7 +109,6 @@ def trace_step(
             from fp32 in the forward pass.
         recompute: False: without the model's activation checkpointing.
     """
-
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     blocks = alike_blocks(model.language_model)
