@@ -126,7 +126,7 @@ def test_run_trains_exactly_the_parts(make_config: MakeConfig, tmp_path: Path) -
     before, _ = prepare_model(config, torch.device("cpu"))
     result = run(config)
     assert (result.outcome, result.step) == ("finished", 5)
-    from vlmamba.models.builder import load_model
+    from vlmamba.common.load import load_model
 
     after, _ = load_model(result.run_dir)
     new = after.state_dict()

@@ -83,17 +83,11 @@ class Session:
     @classmethod
     def load(cls, arguments: argparse.Namespace) -> Session:
         """Load the model that the command line names."""
-        import torch
+        from vlmamba.common.load import load_model
 
-        from vlmamba.models.builder import load_model
-
-        device = arguments.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        model, processor = load_model(arguments.checkpoint, dtype)
+        model, processor = load_model(arguments.checkpoint, device=arguments.device)
         return cls(
-            model.to(device),
+            model,
             processor,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,

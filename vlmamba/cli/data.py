@@ -147,10 +147,9 @@ def _dataset(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[V
             "tokens depend on the model: give --processor RUN (a finished run or an exported model), or a recipe in "
             "place of the annotation file"
         )
-    from vlmamba.models import VLMambaProcessor
-    from vlmamba.models.builder import export_directory
+    from vlmamba.common.load import load_processor
 
-    processor: Any = VLMambaProcessor.from_pretrained(export_directory(arguments.processor))
+    processor = load_processor(arguments.processor)
     source = _source(arguments.target, arguments.kind, arguments.images)
     return VLDataset(source, processor, max_length=arguments.max_length), None
 

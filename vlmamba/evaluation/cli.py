@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from vlmamba.common.processes import Group, pick_device, read_launch
+from vlmamba.common.load import load_model
+from vlmamba.common.processes import Group
 from vlmamba.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
 from vlmamba.evaluation.predictions import score_predictions as score_predictions
 from vlmamba.evaluation.records import read_records, record_key, remove_answers
@@ -21,7 +22,6 @@ from vlmamba.evaluation.scoring import given_answers
 from vlmamba.evaluation.task import Task, load_task
 
 RESULTS_FILE = "results.json"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate_checkpoint(
@@ -80,7 +80,7 @@ def evaluate_checkpoint(
     from vlmamba.evaluation.switches import apply_switches
 
     ranks = ranks or Group()
-    model, processor = load_for_evaluation(checkpoint, device, dtype)
+    model, processor = load_model(checkpoint, device=device, dtype=dtype)
     apply_switches(model, processor, switches or {})
     target = _output_folder(Path(checkpoint) / "eval" if output is None else Path(output))
     results: dict[str, Any] = {
@@ -125,26 +125,6 @@ def _output_folder(target: Path) -> Path:
             f"results cannot be written to {target}: {error.strerror}. Choose another folder (--output)"
         ) from error
     return target
-
-
-def load_for_evaluation(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """A checkpoint's model, ready to be asked, and its processor.
-
-    Raises:
-        ConfigError: The device is not there, or the dtype unknown.
-        MissingFileError: No such checkpoint.
-    """
-    import torch
-
-    from vlmamba.models.builder import load_model
-
-    place = pick_device(device, read_launch().local_rank)
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = "bfloat16" if place.type == "cuda" else "float32"
-    model, processor = load_model(checkpoint, getattr(torch, dtype))
-    return model.to(place).eval(), processor
 
 
 def load_tasks(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmamba.evaluation.cli import load_for_evaluation
+from vlmamba.common.load import load_model
 from vlmamba.evaluation.generation import (
     Question,
     encode_question,
@@ -107,7 +107,7 @@ class Answerer:
         batch_size: int | str = "auto",
     ) -> Answerer:
         """Load a run or an exported model directory."""
-        model, processor = load_for_evaluation(checkpoint, device, dtype)
+        model, processor = load_model(checkpoint, device=device, dtype=dtype)
         size = int(batch_size) if str(batch_size).isdecimal() else str(batch_size)
         return cls(model, processor, BatchSize(size, model.device.type))
 

@@ -317,8 +317,8 @@ def load_rng(path: Path, group: Group, device: torch.device | None = None) -> No
         CheckpointError: The file is damaged.
     """
     file = path / OLD_RNG if (path / OLD_RNG).is_file() else path / RNG
-    saved = load_weights_only(file)
-    saved = saved if isinstance(saved, list) else [saved]
+    loaded: Any = load_weights_only(file)
+    saved = loaded if isinstance(loaded, list) else [loaded]
     if group.rank < len(saved) and (group.is_main or len(saved) == group.world_size):
         try:
             set_rng_state(saved[group.rank], device)
@@ -368,6 +368,15 @@ def check_same_rest(saved: RunState, *, frozen: str, total_steps: int, where: Pa
             "batches are cut "
             "otherwise. Restore the data and settings, or start another run with --init_from."
         )
+    check_frozen(saved, frozen, where)
+
+
+def check_frozen(saved: RunState, frozen: str, where: Path) -> None:
+    """Refuse other frozen weights than the checkpoint was trained with.
+
+    Raises:
+        CheckpointError: Their fingerprints differ.
+    """
     if saved.frozen != frozen:
         raise CheckpointError(
             f"the frozen weights are not those that {where} was trained with (fingerprint "

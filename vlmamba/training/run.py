@@ -297,18 +297,42 @@ def export_run(run_dir: str | Path, directory: str | Path | None = None, *, mean
     newest = checkpoints.latest_checkpoint(run_dir)
     if newest is None:
         raise CheckpointError(f"{run_dir} has no checkpoint to export.")
-    state = checkpoints.read_state(newest)
-    checkpoints.verify(newest, state)
-    config = (
-        TrainConfig.from_dict(state.config) if state.config else load_yaml(run_dir / CONFIG_FILE, TrainConfig)
-    )
-    assert isinstance(config, TrainConfig)
-    model, processor = prepare_model(config, torch.device("cpu"))
-    checkpoints.load_trained(newest, model)
-    if mean:
-        load_means(model, checkpoints.read_whole(newest)[1])
     target = run_dir / (EXPORT_MEAN if mean else EXPORT) if directory is None else Path(directory)
-    return export_model(model, processor, target, dtype=compute_dtype(config.precision))
+    return export_checkpoint(newest, target, mean=mean)
+
+
+def export_checkpoint(path: Path, directory: Path, *, mean: bool = False) -> Path:
+    """Export one checkpoint; see `export_run`."""
+    model, processor, config = read_checkpoint(path, mean=mean)
+    return export_model(model, processor, directory, dtype=compute_dtype(config.precision))
+
+
+def read_checkpoint(path: Path, *, mean: bool = False) -> tuple[Any, Any, TrainConfig]:
+    """The model of a checkpoint on the CPU, as it trained, its processor and the settings of its run.
+
+    What was frozen comes from where the run took it.
+
+    Args:
+        path: The checkpoint.
+        mean: The running mean of the weights instead of the weights.
+
+    Raises:
+        CheckpointError: A file is damaged, what was frozen has changed, or there are no means.
+        MissingFileError: What was frozen is not there.
+    """
+    state = checkpoints.read_state(path)
+    checkpoints.verify(path, state)
+    config: Any = (
+        TrainConfig.from_dict(state.config)
+        if state.config
+        else load_yaml(path.parent.parent / CONFIG_FILE, TrainConfig)
+    )
+    model, processor = prepare_model(config, torch.device("cpu"))
+    checkpoints.check_frozen(state, checkpoints.frozen_fingerprint(model), path)
+    checkpoints.load_trained(path, model)
+    if mean:
+        load_means(model, checkpoints.read_whole(path)[1])
+    return model, processor, config
 
 
 def _open_run(

@@ -45,11 +45,12 @@ def make_parallel(strategy: str, device: str, config: TrainConfig | None = None)
                 f"the launcher started {number} processes (WORLD_SIZE), but the parallel strategy 'single' uses 1. "
                 f"Start one process, or choose another strategy with --parallel: {others}."
             )
-        return Parallel(pick_device(device))
     launch = read_launch()
     if strategy == "auto":
         strategy = "single" if launch.world_size == 1 else "fsdp2"
     start = STRATEGIES.get(strategy)
+    if strategy == "single":
+        return Parallel(pick_device(device))
     if config is None:
         raise ConfigError(f"parallel strategy {strategy!r} needs the settings of the run.")
     return start(pick_device(device, launch.local_rank), launch, config)
