@@ -2,8 +2,8 @@
 
 Counted, with a multiplication and an addition as one FLOP each: matrix products, convolutions and attention scores by
 the rules of `torch.utils.flop_counter`, selective scans and causal convolutions by the closed forms below. Other
-elementwise operations are not, and neither is what activation checkpointing computes again (model FLOPs, as PaLM's appendix B,
-arXiv:2204.02311, defines MFU).
+elementwise operations are not, and neither is what activation checkpointing computes again (model FLOPs, as PaLM's
+appendix B, arXiv:2204.02311, defines MFU).
 
 Shapes: B batch, L length, D channels, N state size, K kernel width.
 """
