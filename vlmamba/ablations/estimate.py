@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from typing import Any
 
 from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Graph, Node
@@ -11,6 +12,7 @@ from vlmamba.ablations.table import Table
 from vlmamba.config import dump_yaml
 from vlmamba.errors import VLMambaError
 from vlmamba.evaluation.tables import duration, text_table
+from vlmamba.models.builder import build_meta_model
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.flops import peak_of
 from vlmamba.training.plan import Planner, PlanSettings
@@ -20,9 +22,7 @@ RECOMPUTED = 4 / 3
 """Work of a step that recomputes every block over one that does not: four passes instead of three."""
 
 
-def describe_graph(
-    table: Table, graph: Graph, store: Store, *, gpus: int = 8, gpu: str = "A100"
-) -> str:
+def describe_graph(table: Table, graph: Graph, store: Store, *, gpus: int = 8, gpu: str = "A100") -> str:
     """The run graph as text.
 
     Args:
@@ -34,6 +34,7 @@ def describe_graph(
     """
     rows, hours = [], []
     plans: dict[str, tuple[str, float | None]] = {}
+    models: dict[str, Any] = {}
     for node in graph.nodes.values():
         users = list(dict.fromkeys(cell.row for cell in graph.users(node.id)))
         shared = "; ".join(users) if len(users) > 1 else ""
@@ -43,7 +44,7 @@ def describe_graph(
             time, state = duration(outcome.seconds), "done"
         elif node.config is not None:
             key = _what_takes_time(node.config)
-            plans[key] = plans.get(key) or _planned(node.config, gpus, gpu)
+            plans[key] = plans.get(key) or _planned(node.config, gpus, gpu, models)
             time, each = plans[key]
             hours += [] if each is None else [each]
         rows.append([node.id, node.label, time, state, ", ".join(node.needs), shared])
@@ -74,14 +75,19 @@ def _what_takes_time(config: TrainConfig) -> str:
     return dump_yaml(config.replace(output="x", init_from=None, seed=0, model=model))
 
 
-def _planned(config: TrainConfig, gpus: int, gpu: str) -> tuple[str, float | None]:
-    """Time of a full-size training as text, and in hours where it is known."""
+def _planned(config: TrainConfig, gpus: int, gpu: str, models: dict[str, Any]) -> tuple[str, float | None]:
+    """Time of a full-size training as text, and in hours where it is known; stages share their model."""
     if config.precision == "fp32":
         return "", None  # a recipe for CPUs: no GPU's peak says how long it takes
     settings = PlanSettings(gpus=gpus, gpu=gpu)
     try:
         facts = data_facts(config)
-        planner = Planner(config, settings)
+        sizes = dump_yaml(
+            config.model.replace(chat="plain", connector=config.model.connector.replace(init={}))
+        )
+        if sizes not in models or config.lora is not None:
+            models[sizes] = build_meta_model(config.model)
+        planner = Planner(config, settings, models[sizes] if config.lora is None else models.pop(sizes))
     except VLMambaError as error:
         return f"not known: {str(error).splitlines()[0][:80]}", None
     samples = planner.samples(facts.samples, facts.tokens)

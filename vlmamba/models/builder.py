@@ -15,8 +15,8 @@ import torch
 
 from vlmamba.common.digests import check_folder
 from vlmamba.config import Config
-from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
-from vlmamba.models.chat import load_template, template_names
+from vlmamba.errors import CheckpointError, MissingFileError
+from vlmamba.models.chat import load_template
 from vlmamba.models.configuration import VLMambaConfig
 from vlmamba.models.connectors import CONNECTORS, Connector, build_connector
 from vlmamba.models.connectors.base import check_options
@@ -35,7 +35,6 @@ from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor, check_tokenizer
 from vlmamba.models.vision import build_vision_encoder, encoders, load_vision_encoder
 from vlmamba.models.vision.presets import preset_config
-from vlmamba.registry import close_matches
 
 log = logging.getLogger(__name__)
 
@@ -115,17 +114,14 @@ class ModelConfig(Config):
     connector: ConnectorConfig = ConnectorConfig()
     """The connector."""
     chat: str = "vicuna_v1"
-    """Chat template: vicuna_v1, plain, mamba or zephyr."""
+    """Chat template: cobra, mamba, plain, vicuna_v1, zephyr, or a file of your own, my/template.jinja."""
     image: ImageConfig = ImageConfig()
     """Image settings."""
 
     def __post_init__(self) -> None:
-        """Check the template's name."""
-        names = template_names()
-        if self.chat not in names:
-            raise ConfigError(
-                f"unknown chat template {self.chat!r}.{close_matches(self.chat, names)} Known: {', '.join(names)}."
-            )
+        """Check the template's name; a file of the user's is read when it is wanted."""
+        if not self.chat.endswith(".jinja"):
+            load_template(self.chat)
 
 
 def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, VLMambaProcessor]:

@@ -381,13 +381,16 @@ def check_frozen(saved: RunState, frozen: str, where: Path) -> None:
         raise CheckpointError(
             f"the frozen weights are not those that {where} was trained with (fingerprint "
             f"{saved.frozen[:12]}, now "
-            f"{frozen[:12]}): the files of encoder, language model or init_from have changed. Restore them."
+            f"{frozen[:12]}): the files of encoder, language model, init_from or chat template have changed. Restore "
+            "them."
         )
 
 
-def frozen_fingerprint(model: nn.Module, *, samples: int = 1024) -> str:
-    """A hash of the frozen parameters: names, shapes, dtypes, and up to `samples` values of each."""
-    digest = hashlib.sha256()
+def frozen_fingerprint(model: nn.Module, *, samples: int = 1024, template: str = "") -> str:
+    """A hash of the frozen parameters: names, shapes, dtypes, and up to `samples` values of each; and of a chat
+    template that stands in a file.
+    """
+    digest = hashlib.sha256(template.encode())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue

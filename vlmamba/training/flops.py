@@ -246,10 +246,10 @@ def _part(part: nn.Module, run: str, config: Any, shape: tuple[int, ...], differ
     trained = [(name, tuple(p.shape), p.requires_grad) for name, p in part.named_parameters()]
     key = json.dumps([run, config, shape, differentiated, trained], default=str, sort_keys=True)
     if key not in _counted:
-        blocks = alike_blocks(part) if run in ("tokens", "language") else nn.ModuleList()
+        blocks = nn.ModuleList() if run == "image" else alike_blocks(part)
         few, more = block_counts(blocks)
         base = _count(part, blocks, few, run, shape, differentiated)
-        if more > few:
+        if more > few and run != "loss":
             each = (_count(part, blocks, more, run, shape, differentiated) - base) // (more - few)
             base += (len(blocks) - few) * each
         _counted[key] = base

@@ -101,7 +101,8 @@ def _run(config: TrainConfig, parallel: Parallel, held: ExitStack, *, resume: bo
 
     # Model: built from its parts, weights of an earlier stage put in, what trains decided.
     model, processor = prepare_model(config, parallel.device)
-    frozen = checkpoints.frozen_fingerprint(model)
+    template = processor.chat_template if config.model.chat.endswith(".jinja") else ""
+    frozen = checkpoints.frozen_fingerprint(model, template=template)
     logger.info("parts:\n%s", format_parts(parts_table(model)))
     evaluations = Evaluations(
         config.evaluations, model, processor, run_dir, parallel, channel, config.precision
