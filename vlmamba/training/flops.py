@@ -83,15 +83,18 @@ def conv_flops(batch: int, length: int, channels: int, kernel: int) -> int:
 
 
 def _scan(u: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *_: Any, **__: Any) -> int:
-    return scan_flops(*u.shape, A.shape[1], skip=D is not None)
+    batch, length, channels = u.shape
+    return scan_flops(batch, length, channels, A.shape[1], skip=D is not None)
 
 
 def _scan_backward(grads: Any, u: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *_: Any, **__: Any) -> int:
-    return scan_backward_flops(*u.shape, A.shape[1], skip=D is not None)
+    batch, length, channels = u.shape
+    return scan_backward_flops(batch, length, channels, A.shape[1], skip=D is not None)
 
 
 def _conv(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return conv_flops(*x.shape, weight.shape[1])
+    batch, length, channels = x.shape
+    return conv_flops(batch, length, channels, weight.shape[1])
 
 
 def _conv_backward(grads: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
@@ -175,7 +178,7 @@ def copy_on_shapes(
         if isinstance(each, nn.ModuleList) and any(block is None for block in each):
             del each[count:]
         if not recompute and getattr(each, "gradient_checkpointing", False):
-            each.gradient_checkpointing = False
+            each.gradient_checkpointing = False  # type: ignore[assignment]
     return copied
 
 
