@@ -20,12 +20,13 @@ import torch
 from _common import Case, DisagreementError, alternate, arguments, environment, finish
 from PIL import Image
 
+from vlmamba.common.load import load_model
 from vlmamba.config import load_recipe
 from vlmamba.evaluation import Sample, image_first, load_task
 from vlmamba.evaluation.generation import Question, encode_question, generate_answers, model_inputs
 from vlmamba.evaluation.likelihood import encode_options, score_options
 from vlmamba.evaluation.runner import group_by_pictures
-from vlmamba.models.builder import build_model, load_model
+from vlmamba.models.builder import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("red", "blue", "three", "the seven")

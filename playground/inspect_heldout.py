@@ -25,7 +25,8 @@ from scenes import PLACES
 from torch import Tensor
 
 from vlmamba.common.images import open_image
-from vlmamba.interpret.answers import answer_question, load_inspectable
+from vlmamba.common.load import load_model
+from vlmamba.interpret.answers import answer_question
 from vlmamba.interpret.methods import explain, methods_of
 
 KINDS = ("digit_at", "colour_at", "place_of_value", "place_of_colour")
@@ -62,7 +63,7 @@ def measure(
     checkpoint: str, rows: list[dict[str, Any]], scenes: dict[str, Any], images: Path
 ) -> dict[str, Any]:
     """Averages of one checkpoint by kind of question and method."""
-    model, processor = load_inspectable(checkpoint)
+    model, processor = load_model(checkpoint, dtype="float32")
     height, width = model.vision_tower.grid
     found: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     right: dict[str, list[bool]] = defaultdict(list)

@@ -27,11 +27,13 @@ def pretrain(num_queries: int = 256) -> TrainConfig:
                 init={"pre": "runs/vl_mamba/finetune", "layers": "checkpoints/mamba-130m"},
             ),
             language=published.MAMBA_ZEPHYR,
-            chat="zephyr",
+            chat="cobra",  # whose code and language model it shares; in stage 1 too (ours)
             image=ImageConfig(mode="resize"),  # as Cobra (ours)
         ),
         train=("multi_modal_projector",),
-        data=DataConfig(sources=(published.CC3M_595K,), max_length=2048, order="length"),  # order (ours)
+        data=DataConfig(
+            sources=(published.CC3M_595K,), max_length=2048, image_position="front", order="length"
+        ),  # length and order (ours)
         batch=BatchConfig(global_batch_size=256, micro_batch_size=32),
         optim=OptimConfig(name="radam", lr=1e-4),
         schedule=ScheduleConfig(name="cosine", warmup_ratio=0.03),
@@ -49,7 +51,9 @@ def finetune(num_queries: int = 256) -> TrainConfig:
         init_from="runs/q_mamba/pretrain",
         model=first.model.replace(connector=first.model.connector.replace(init={})),
         train=("multi_modal_projector", "language_model"),
-        data=DataConfig(sources=INSTRUCT, max_length=2048, order="modality_length"),  # order (ours)
+        data=DataConfig(
+            sources=INSTRUCT, max_length=2048, image_position="front", order="modality_length"
+        ),  # length and order (ours)
         batch=BatchConfig(global_batch_size=128, micro_batch_size=16),
         optim=OptimConfig(name="radam", lr=2e-5),
         gradient_checkpointing=True,

@@ -25,7 +25,12 @@ def pretrain(connector: str = "vss-l2") -> TrainConfig:
             image=ImageConfig(mode="pad"),  # LLaVA-1.5's stage 2, here in both (ours)
         ),
         train=("multi_modal_projector",),
-        data=DataConfig(sources=(published.LLAVA_558K,), max_length=2048, order="length"),  # order (ours)
+        data=DataConfig(
+            sources=(published.LLAVA_558K,),
+            max_length=2048,
+            image_position="front",  # LLaVA's preprocess_multimodal
+            order="length",  # (ours)
+        ),
         batch=BatchConfig(global_batch_size=256, micro_batch_size=32),
         optim=OptimConfig(name="adamw", lr=1e-3, weight_decay=0.0),
         schedule=ScheduleConfig(name="cosine", warmup_ratio=0.03),
@@ -43,9 +48,7 @@ def finetune(connector: str = "vss-l2") -> TrainConfig:
         init_from="runs/vl_mamba/pretrain",
         model=first.model.replace(chat="vicuna_v1"),  # LLaVA-1.5 (--version v1)
         train=("multi_modal_projector", "language_model"),
-        data=DataConfig(
-            sources=(published.LLAVA_MIX_665K,), max_length=2048, order="modality_length"
-        ),  # LLaVA-1.5
+        data=first.data.replace(sources=(published.LLAVA_MIX_665K,), order="modality_length"),  # LLaVA-1.5
         batch=BatchConfig(global_batch_size=128, micro_batch_size=16),
         optim=OptimConfig(name="adamw", lr=2e-5, weight_decay=0.0),
         gradient_checkpointing=True,

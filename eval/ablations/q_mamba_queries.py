@@ -56,8 +56,8 @@ def table(recipe: str = "q_mamba") -> Table:
         rows.append(
             Row(name=f"Q = {shown}", settings=settings, parts={"pre": "VL-Mamba"}, paper=paper(number))
         )
-    if not playground:
-        rows.insert(0, Row(name="Cobra", recipe="cobra", paper=paper("Cobra")))
+    if not playground:  # Cobra leaves stage 1 out
+        rows.insert(0, Row(name="Cobra", recipe="cobra:finetune", paper=paper("Cobra")))
     return Table(
         title="Queries (Q-Mamba, table 1)",
         question="How many queries does Q-Mamba need, and what do scan directions matter to VL-Mamba once trained?",

@@ -172,3 +172,13 @@ def flat_keys(values, prefix=""):
             yield from flat_keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
+
+
+def test_a_row_may_run_one_stage_of_its_recipe(table):
+    rows = [Row(name="both"), Row(name="second", recipe="tiny:finetune")]
+    graph = expand(dataclasses.replace(table, rows=rows), "store", seeds=[1])
+    both, second = graph.cells["both", 1], graph.cells["second", 1]
+    assert len(both.train) == 2 and len(second.train) == 1
+    assert graph.nodes[second.train[0]].needs == ()
+    with pytest.raises(ConfigError, match="has no stage 'third'"):
+        expand(dataclasses.replace(table, rows=[Row(name="third", recipe="tiny:third")]), "store")

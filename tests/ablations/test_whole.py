@@ -1,11 +1,13 @@
 """A whole table, its programs called in this process."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
 
+from vlmamba.ablations import estimate
 from vlmamba.ablations.collect import collect, with_kinds
 from vlmamba.ablations.execute import Outcome, Store
 from vlmamba.ablations.graph import expand, write_nodes
@@ -15,6 +17,7 @@ from vlmamba.cli import main
 from vlmamba.errors import ConfigError
 from vlmamba.evaluation.switches import apply_switches
 from vlmamba.testing import tiny_model
+from vlmamba.training import flops
 
 
 def run_here(graph, store, *, skip=()):
@@ -116,3 +119,25 @@ def test_the_command_line(project, capsys):
     assert "has no node 'train-0' (any more)" in capsys.readouterr().err
     assert main(["ablate", "tiny", "--rows", "MPL"]) == 2
     assert "no row 'MPL'" in capsys.readouterr().err
+
+
+def test_a_dry_run_builds_a_model_once_and_counts_a_part_once(table, monkeypatch):
+    counted, built = [], []
+    count, build = flops._count, estimate.build_meta_model
+    monkeypatch.setattr(flops, "_counted", {})
+    monkeypatch.setattr(flops, "_count", lambda part, *rest: counted.append(part) or count(part, *rest))
+    monkeypatch.setattr(estimate, "build_meta_model", lambda config: built.append(config) or build(config))
+    table = dataclasses.replace(table, settings={"precision": "bf16"})
+
+    def described(rows, seeds):
+        part = dataclasses.replace(table, rows=[r for r in table.rows if r.name in rows])
+        before = len(counted), len(built)
+        text = estimate.describe_graph(part, expand(part, "store", seeds=seeds), Store("store"), gpus=2)
+        return text, len(counted) - before[0], len(built) - before[1]
+
+    text, parts, models = described(["MLP"], [1])
+    assert re.search(r"train-\w+ +MLP, pretrain, seed 1 +\d+\.\d h", text)
+    assert models == 1  # of both stages
+    assert parts <= 6  # tower, connector, and the language model and its head, frozen and trained
+    _, parts, models = described(["MLP", "VSS", "VSS, forward"], [1, 2, 3])
+    assert (parts, models) == (1, 2)  # the other connector

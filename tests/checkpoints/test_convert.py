@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from vlmamba.checkpoints import convert as module
 from vlmamba.checkpoints.convert import convert, mamba_config_of, read_parts
-from vlmamba.checkpoints.files import load_state_dict_file, save_state_dict
 from vlmamba.checkpoints.llava import connector_to_llava, load_mm_projector
 from vlmamba.checkpoints.prismatic import load_prismatic, model_from_prismatic, model_to_prismatic
 from vlmamba.checkpoints.state_spaces import STATE_SPACES
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
 from vlmamba.models.language.mamba import MambaLM
 from vlmamba.models.language.state_spaces import is_original_config
+from vlmamba.models.language.weights import load_state_dict_file, save_tensors
 from vlmamba.ssm.mixer import keeps_fp32
 
 
@@ -222,7 +222,7 @@ def exported(tmp_path) -> Path:
     state = {f"language_model.{n}": t for n, t in language.state_dict().items() if n != "lm_head.weight"}
     state |= {f"multi_modal_projector.{n}": t for n, t in connector_of(2).items()}
     state["vision_tower.model.weight"] = torch.ones(3)
-    save_state_dict(state, directory / "model.safetensors")
+    save_tensors(state, directory / "model.safetensors")
     raw = {"model_type": "vlmamba", "text_config": language.config.to_dict()}
     (directory / "config.json").write_text(json.dumps(raw))
     return directory
@@ -279,7 +279,7 @@ def test_full_disk_harms_nothing(tmp_path, hf, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module.shutil, "copyfile", fails)
-    with pytest.raises(CheckpointError, match=r"out: could not be written \(.*No space left on device\)"):
+    with pytest.raises(CheckpointError, match=r"writing .*out failed: .*No space left on device"):
         convert(hf, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]

@@ -6,7 +6,9 @@ from PIL import Image
 
 from vlmamba.cli import chat, main
 from vlmamba.errors import ImageError
-from vlmamba.testing import tiny_model, tiny_processor
+from vlmamba.evaluation.runner import BatchSize
+from vlmamba.integrations.asking import Answerer
+from vlmamba.testing import tiny_model
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def picture(tmp_path):
 @pytest.fixture
 def session():
     model, processor = tiny_model("vss-l2")
-    return chat.Session(model, processor, max_new_tokens=4, temperature=0)
+    return chat.Session(Answerer(model.eval(), processor, BatchSize(1)), max_new_tokens=4, temperature=0)
 
 
 def test_paths_are_found_however_they_are_pasted(picture):
@@ -33,24 +35,24 @@ def test_paths_are_found_however_they_are_pasted(picture):
 def test_a_conversation_goes_on_and_begins_anew(session, picture, capsys):
     session.handle(f"'{picture}' what is this?")
     session.handle("and now?")
-    roles = [m["role"] for m in session.messages]
-    assert roles == ["user", "assistant", "user", "assistant"]
-    kinds = [[part["type"] for part in m["content"]] for m in session.messages[::2]]
-    assert kinds == [["image", "text"], ["text"]]
+    assert [role for role, _ in session.turns] == ["user", "assistant", "user", "assistant"]
+    assert [[isinstance(part, str) for part in parts] for _, parts in session.turns[::2]] == [
+        [False, True],
+        [True],
+    ]
     session.handle("/new")
-    assert session.messages == []
+    assert session.turns == []
     assert "(a new conversation)" in capsys.readouterr().out
 
 
 def test_what_is_printed_is_the_answer_of_generate(session, capsys):
     answer = session.ask("what?")
-    batch = session.processor.apply_chat_template(
-        session.messages[:1], tokenize=True, add_generation_prompt=True, return_tensors="pt"
+    model, processor = session.answerer.model, session.answerer.processor
+    batch = processor.apply_chat_template(
+        [{"role": "user", "content": "what?"}], tokenize=True, add_generation_prompt=True, return_tensors="pt"
     )
-    tokens = session.model.generate(**batch, max_new_tokens=4, do_sample=False)[
-        0, batch["input_ids"].shape[1] :
-    ]
-    assert answer == session.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     assert capsys.readouterr().out.strip() == answer
 
 
@@ -58,13 +60,12 @@ def test_commands(session, picture, capsys):
     session.handle(f"/image {picture}")
     assert len(session.pending) == 1
     session.handle("/system Be brief.")
-    assert session.messages[0]["role"] == "system"
+    assert session.turns[0][0] == "system"
     session.handle("/sing")
     assert "unknown command /sing" in capsys.readouterr().out
 
 
-def test_pictures_that_cannot_be_read_are_named(tmp_path):
-    session = chat.Session(None, tiny_processor(), max_new_tokens=1, temperature=0.0)
+def test_pictures_that_cannot_be_read_are_named(session, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnot really")
     with pytest.raises(ImageError, match=r"broken\.png is cut off or not a picture"):

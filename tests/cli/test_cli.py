@@ -49,7 +49,7 @@ def test_every_verb_has_help(verb, capsys):
         (["train", "vl_mamba:pretrain", "--dry-run", "--train", "projector"], "matches no"),
         (["train", "nowhere/recipe.py:x"], "there is no recipe file nowhere/recipe.py"),
         (["chat", "runs/nothing"], "no exported model at runs/nothing: there is no such directory"),
-        (["chat", "docs"], "it holds neither config.json nor export/config.json"),
+        (["chat", "docs"], "it holds neither an export nor a checkpoint"),
         (["convert", "runs/nothing", "out"], "runs/nothing"),
     ],
 )

@@ -102,8 +102,9 @@ def entrances(folder: Path, turned: bool) -> dict[str, Any]:
     from vlmamba.cli.chat import Session
     from vlmamba.data import LLaVASource, VLDataset
     from vlmamba.evaluation.generation import encode_question, model_inputs
+    from vlmamba.evaluation.runner import BatchSize
     from vlmamba.evaluation.task import Sample, image_first
-    from vlmamba.integrations.asking import user_message
+    from vlmamba.integrations.asking import Answerer, Request
 
     processor = tiny_processor()
     processor.image_processor.exif_transpose = turned
@@ -125,23 +126,24 @@ def entrances(folder: Path, turned: bool) -> dict[str, Any]:
             "pixel_values"
         ]
 
+    answerer = Answerer(model, processor, BatchSize(1))
+
     def serve(image: Any) -> Any:
-        request = user_message("What?", (image,))
-        question = encode_question(processor, Sample(0, request.images, ""), request.messages)
+        question = answerer.encode(Request.of([("user", [image, "What?"])]))
         return model_inputs(model, processor, [question])["pixel_values"]
 
     def terminal(name: str) -> Any:
-        got: dict[str, Any] = {}
+        asked = []
 
-        def generate(**inputs: Any) -> None:
-            got.update(inputs)
-            inputs["streamer"].end()
+        def write(question: Any, **options: Any) -> Any:
+            asked.append(question)
+            return SimpleNamespace(text="")
 
-        stub = SimpleNamespace(device=torch.device("cpu"), generate=generate)
-        session = Session(stub, processor, max_new_tokens=1, temperature=0.0)
+        stub: Any = SimpleNamespace(processor=processor, encode=answerer.encode, write=write)
+        session = Session(stub, max_new_tokens=1, temperature=0.0)
         session.show(str(path[name]))
         session.ask("What?")
-        return got["pixel_values"]
+        return model_inputs(model, processor, asked)["pixel_values"]
 
     def opened(name: str) -> Any:
         with warnings.catch_warnings(action="ignore"):

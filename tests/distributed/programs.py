@@ -15,15 +15,14 @@ import time
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
 
+from vlmamba.common.processes import Group, spawn
 from vlmamba.errors import VLMambaError
-from vlmamba.training import faults, loop
+from vlmamba.training import faults, loop, saving
 from vlmamba.training.config import TrainConfig
-from vlmamba.training.parallel.group import GroupParallel
 from vlmamba.training.run import run
 
-GroupParallel.close = lambda self: None  # type: ignore[method-assign]
+Group.close = lambda self: None  # type: ignore[method-assign]
 
 
 class Enough(Exception):
@@ -104,7 +103,7 @@ def _train(
         seen |= {"outcome": type(error).__name__, "message": str(error)}
     finally:
         loop.optimizer_step, loop.advance, loop.inputs_of = real_step, real_advance, real_inputs
-        FileSystemWriter.write_data = REAL_WRITE
+        saving.write_part = REAL_WRITE
     return seen
 
 
@@ -116,10 +115,10 @@ def _full_disk(training: Any) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    FileSystemWriter.write_data = refuse
+    saving.write_part = refuse
 
 
-REAL_WRITE = FileSystemWriter.write_data
+REAL_WRITE = saving.write_part
 FAULTS = {
     "SIGTERM": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
@@ -140,14 +139,12 @@ def without_compilation(values: dict[str, Any]) -> None:
 
 def launch(child: str, what: str) -> None:
     """Our launcher, with two processes that run the code `child` in place of the training."""
-    from vlmamba.training.parallel import spawn
-
     for name in [n for n in os.environ if n.startswith(("SLURM_", "NNODES", "NODE_RANK", "MASTER_"))]:
         del os.environ[name]
     spawn.GRACE_SECONDS = 0.3
     real = subprocess.Popen
     subprocess.Popen = lambda _, **more: real([sys.executable, "-c", child, what], **more)  # type: ignore[assignment, misc]
-    sys.exit(spawn.spawn([], 2))
+    sys.exit(spawn.spawn([], 2, verb="train"))
 
 
 def pretend(hosts: int) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from vlmamba.common.processes import Launch, read_launch, spawn
+from vlmamba.common.processes.launch import first_host, tasks_per_node
 from vlmamba.errors import ConfigError
 from vlmamba.testing.processes import Ended, start_ranks, wait_for
-from vlmamba.training.parallel import spawn
-from vlmamba.training.parallel.launch import Launch, first_host, read_launch, tasks_per_node
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 TORCHRUN = {

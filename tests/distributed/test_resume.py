@@ -77,7 +77,7 @@ def test_every_strategy_goes_on_from_every_other(
         assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000003", "step-000006"], name
         sharded = (folder / "step-000006" / "shards").is_dir()
         assert sharded == name.startswith("fsdp2")
-        assert len(torch.load(folder / "step-000006" / "rng_ranks.pt", weights_only=True)) == 2
+        assert len(torch.load(folder / "step-000006" / "rng.pt", weights_only=True)) == 2
 
     if "single" in sources:
         begun["single"] = values(COMMON, output="begun-single")

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from vlmamba.cli import main
+from vlmamba.common.processes import Group, read_launch
 from vlmamba.evaluation import runner
-from vlmamba.evaluation.ranks import connect
 from vlmamba.evaluation.task import load_task
 from vlmamba.testing import tiny_model
-from vlmamba.training.parallel.launch import read_launch
 
 
 def command(words: list[str]) -> int:
@@ -29,7 +28,8 @@ def measure(task_file: str, annotations: str, output: str, batch_size: int, paus
         for parameter in model.language_model.parameters():
             if parameter.ndim > 1:
                 parameter.add_(0.25 * torch.randn(parameter.shape, generator=generator))
-    ranks = connect(read_launch())
+    launch = read_launch()
+    ranks = Group(launch if launch.world_size > 1 else None)
     generate = runner.generate_answers
     asked = Path(output).with_suffix(".asked")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from vlmamba.cli import evaluate
-from vlmamba.errors import DataError
+from vlmamba.common.processes import spawn
+from vlmamba.errors import ConfigError, DataError
 from vlmamba.evaluation.records import lock_answers, part_path, part_paths, read_records, record_key
 from vlmamba.testing import tiny_model
 from vlmamba.testing.processes import run_ranks, start_ranks, wait_for
-from vlmamba.training.parallel import spawn
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 TASK = str(Path(__file__).parents[2] / "eval/playground.py")
@@ -74,7 +74,9 @@ def test_the_command_line_under_a_launcher(heldout, tmp_path):
 
 def test_the_command_starts_processes_itself(monkeypatch):
     started = []
-    monkeypatch.setattr(spawn, "spawn", lambda words, count, verb: started.append((words, count, verb)) or 0)
+    monkeypatch.setattr(
+        spawn, "spawn", lambda words, count, *, verb: started.append((words, count, verb)) or 0
+    )
     words = ["run", "--tasks", "pope", "--nproc", "3", "--limit", "5"]
     assert evaluate.run(words) == 0
     assert evaluate.run(["run", "--tasks", "pope", "--nproc=2"]) == 0
@@ -82,7 +84,7 @@ def test_the_command_starts_processes_itself(monkeypatch):
         (["run", "--tasks", "pope", "--limit", "5"], 3, "eval"),
         (["run", "--tasks", "pope"], 2, "eval"),
     ]
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="--nproc: a number of processes or auto, got '0'"):
         evaluate.run(["run", "--tasks", "pope", "--nproc", "0"])
 
 

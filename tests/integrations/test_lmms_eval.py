@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlmamba.common.load import load_model
 from vlmamba.errors import ConfigError, DataError, MissingDependencyError
 from vlmamba.evaluation import Sample, image_first
 from vlmamba.evaluation.generation import encode_question, generate_answers
 from vlmamba.evaluation.likelihood import encode_options, score_options
 from vlmamba.integrations.lmms_eval import _settings
-from vlmamba.models.builder import load_model
 
 QUESTIONS = ["What is in the image?", "Where is the seven?", "How many digits are there? Two?", "Where?"]
 GREEDY = {

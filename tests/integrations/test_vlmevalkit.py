@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
+from vlmamba.common.load import load_model
 from vlmamba.errors import DataError, MissingFileError
 from vlmamba.evaluation import Sample, image_first
 from vlmamba.evaluation.generation import encode_question, generate_answers
 from vlmamba.integrations import vlmevalkit
 from vlmamba.integrations.vlmevalkit import main, prompt_text, read_message
-from vlmamba.models.builder import load_model
 
 RUN = """
 import sys

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmamba.common.load import load_model
 from vlmamba.errors import CheckpointError, ConfigError, DataError
 from vlmamba.interpret import methods
-from vlmamba.interpret.answers import answer_question, load_inspectable, run_from_features
+from vlmamba.interpret.answers import answer_question, run_from_features
 from vlmamba.interpret.held import held
 from vlmamba.interpret.methods import explain, methods_of
 from vlmamba.interpret.token_patches import query_attention, token_patches
@@ -147,8 +148,8 @@ def test_a_transformer_has_no_hidden_attention():
 
 def test_a_text_only_model_is_refused(tmp_path):
     MambaLM(tiny_text_config()).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="is a text-only model \\(model_type 'mamba'\\)"):
-        load_inspectable(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds a model of type .mamba., which sees no image"):
+        load_model(tmp_path)
 
 
 def test_an_unknown_connector_is_named():

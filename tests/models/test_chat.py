@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmamba.errors import ConfigError, DataError
+from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.models.chat import load_template, plain_text, render_segments, template_names
 
 EOS = "<|endoftext|>"
@@ -17,6 +17,13 @@ SYSTEM = (
     "and polite answers to the user's questions."
 )
 GOLDEN = {
+    # Pictures before all text, texts stripped, no newline behind the last answer: its prompter's own strings.
+    "cobra": (
+        f"<image><|user|>\nWhat is it?{EOS}\n<|assistant|>\nA seven.{EOS}\n<|user|>\nWhere?{EOS}\n"
+        f"<|assistant|>\nTop left.{EOS}",
+        [f"A seven.{EOS}", f"Top left.{EOS}"],
+        "\n<|assistant|>\n",
+    ),
     "vicuna_v1": (
         f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A seven.{EOS}USER: Where? ASSISTANT: Top left.{EOS}",
         [f" A seven.{EOS}", f" Top left.{EOS}"],
@@ -73,7 +80,7 @@ def test_an_empty_answer_supervises_the_end_alone(name):
     assert supervised(segments) == [EOS]
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "mamba", "zephyr"])
+@pytest.mark.parametrize("name", ["vicuna_v1", "mamba", "zephyr", "cobra"])
 def test_a_system_message_takes_its_place(name):
     text = plain_text(rendered(name, [{"role": "system", "content": "Be brief."}, *TURNS]))
     assert "Be brief." in text
@@ -107,3 +114,28 @@ def test_an_unknown_role_is_named():
 def test_an_unknown_template_gets_close_matches():
     with pytest.raises(ConfigError, match=r"unknown chat template 'vicuna_v2'. Did you mean 'vicuna_v1'"):
         load_template("vicuna_v2")
+
+
+def test_cobra_puts_every_picture_first_and_writes_a_space_for_an_empty_answer():
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": " First \n"}, {"type": "image"}]},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nSecond"}]},
+    ]
+    text = plain_text(rendered("cobra", turns, add_generation_prompt=True))
+    first = f"<image><image><|user|>\nFirst{EOS}\n<|assistant|>\n {EOS}"
+    assert text == f"{first}\n<|user|>\nSecond{EOS}\n<|assistant|>\n"
+
+
+def test_a_template_of_ones_own(tmp_path):
+    file = tmp_path / "own.jinja"
+    with pytest.raises(MissingFileError, match="there is no chat template"):
+        load_template(str(file))
+    file.write_text("{% generation %}a{% endgeneration %}")
+    assert load_template(str(file)) == file.read_text()
+    file.write_text("{% generation %}a")
+    with pytest.raises(ConfigError, match=r"own.jinja:1: not a Jinja template"):
+        load_template(str(file))
+    file.write_text("{{ messages }}")
+    with pytest.raises(ConfigError, match="marks no answer"):
+        load_template(str(file))

@@ -240,3 +240,30 @@ def test_gradient_checkpointing_changes_nothing():
     for name, p in model.named_parameters():
         if name in plain:
             torch.testing.assert_close(p.grad, plain[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": [[1, 10**6]]}, "input_ids has values from 1 to 1000000, but only those from 0 to"),
+        ({"input_ids": [[-1, 2]]}, "input_ids has values from -1 to 2, but only those from 0 to"),
+        ({"input_ids": [[1.0, 2.0]]}, "input_ids has dtype torch.float32, but an integer dtype"),
+        (
+            {"labels": torch.tensor([[1, 10**6, 2]])},
+            "labels has values from 2 to 1000000, but only those from 0 to",
+        ),
+        ({"labels": torch.tensor([[1, 2, -7]])}, "labels has values from -7 to 2, but only those from 0 to"),
+        ({"logits_to_keep": -2}, "logits_to_keep is -2"),
+        ({"logits_to_keep": torch.tensor([0, 3])}, "from 0 to 3, but only those from 0 to 2 exist"),
+        ({"logits_to_keep": torch.tensor([-1])}, "from -1 to -1, but only those from 0 to 2 exist"),
+        ({"logits_to_keep": torch.zeros(2, 1, dtype=torch.long)}, r"\(2, 1\) but the input has 1 rows"),
+        ({"logits_to_keep": torch.zeros(1, 1, 1, dtype=torch.long)}, r"\(1, 1, 1\) but the input has 1 rows"),
+        ({"logits_to_keep": torch.ones(1, 4, dtype=torch.bool)}, r"a mask of shape \(1, 4\)"),
+    ],
+)
+@pytest.mark.parametrize("language", ["mamba", "llama"])
+def test_values_that_there_are_not_raise_with_both(language, inputs, message):
+    model, _ = tiny_model("mlp", language=language)
+    given = {"input_ids": [[1, 2, 3]], **inputs}
+    with pytest.raises(ShapeError, match=message):
+        model(**{**given, "input_ids": torch.tensor(given["input_ids"])})

@@ -110,7 +110,7 @@ def test_positions_out_of_range_are_found_when_the_graph_runs(inputs):
         lambda at: selective_scan(**inputs, state_at=at)[1], backend="aot_eager", fullgraph=True
     )
     assert run(torch.tensor([[1], [6]])).shape == (2, 1, 8, 4)
-    with pytest.raises(ValueError, match="state_at has values from 1 to 7, but positions from 0 to 6 exist"):
+    with pytest.raises(ValueError, match="state_at has values from 1 to 7, but only those from 0 to 6 exist"):
         run(torch.tensor([[1], [7]]))
 
 

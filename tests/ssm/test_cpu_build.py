@@ -148,11 +148,11 @@ def test_a_folder_for_reading_only(fresh, content, monkeypatch, caplog):
     compiled = []
     monkeypatch.setattr(cpu_build, "_compile", lambda *_: compiled.append(1) or content)
 
-    def refuse(**_):
+    def refuse(_):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_build.tempfile, "mkstemp", refuse)
+        patch.setattr(cpu_build, "replaced", refuse)
         assert cpu.available() is True
     assert "cannot keep the native CPU kernel ([Errno 13] Permission denied)" in caplog.text
     assert not list(fresh.iterdir())
@@ -160,7 +160,7 @@ def test_a_folder_for_reading_only(fresh, content, monkeypatch, caplog):
     cpu_build.forget()
     assert cpu.available() is True
     cpu_build.forget()
-    monkeypatch.setattr(cpu_build.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(cpu_build, "replaced", refuse)
     assert cpu.available() is True
     assert len(compiled) == 2
 

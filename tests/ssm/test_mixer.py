@@ -421,6 +421,6 @@ def test_errors_say_what_is_wrong(x):
     with pytest.raises(ShapeError, match="state_at is given without state"):
         layer(x, state_at=torch.tensor([3, 4]))
     with pytest.raises(
-        ShapeError, match="state_at has values from 3 to 13, but positions from 0 to 12 exist"
+        ShapeError, match="state_at has values from 3 to 13, but only those from 0 to 12 exist"
     ):
         layer(x, state=_state(), state_at=torch.tensor([3, 13]))

@@ -149,7 +149,7 @@ def test_choice_is_logged_once(inputs, caplog, monkeypatch):
         ({"initial_state": torch.zeros(2, 4, 8)}, r"initial_state has shape \(2, 4, 8\)"),
         (
             {"state_at": torch.tensor([[5], [0]])},
-            "state_at has values from 0 to 5, but positions from 0 to 4",
+            "state_at has values from 0 to 5, but only those from 0 to 4",
         ),
         ({"reverse": (True, False)}, "reverse has 2 entries for 1 groups of B and C"),
         ({"A": torch.zeros(8, 4, device="meta")}, "A is on meta, but the input is on cpu"),

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
 import vlmamba.models  # noqa: F401 - registers the Auto classes
+from vlmamba.common.load import load_model
 from vlmamba.errors import ConfigError, MissingDependencyError
 from vlmamba.models import VLMambaForConditionalGeneration, builder
-from vlmamba.models.builder import build_model, load_model
+from vlmamba.models.builder import build_model
 from vlmamba.models.language import build_language_model
 from vlmamba.testing.families import tiny_config
 from vlmamba.training.dry_run import dry_run

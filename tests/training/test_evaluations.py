@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from vlmamba.common.load import load_model
 from vlmamba.errors import ConfigError, MissingFileError, TrainingError
-from vlmamba.models.builder import load_model
 from vlmamba.training.checkpoint import complete_checkpoints, read_trained, read_whole
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.evaluations import find_function

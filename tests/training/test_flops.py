@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmamba.errors import BackendError
 from vlmamba.ssm.registry import get_backend, use_backend
-from vlmamba.ssm.spec import ScanCall
+from vlmamba.ssm.spec import ScanCall, ScanSpec
 from vlmamba.testing import tiny_model
 from vlmamba.training.flops import (
     PEAK_FLOPS,
@@ -22,7 +22,7 @@ from vlmamba.training.flops import (
     scan_flops,
 )
 from vlmamba.training.metrics import Window
-from vlmamba.training.parallel import SingleProcess
+from vlmamba.training.parallel import Parallel
 from vlmamba.training.parts import set_trainable
 from vlmamba.training.run import enable_checkpointing
 from vlmamba.training.tracing import StepShape, trace_step
@@ -143,7 +143,7 @@ def test_recomputation_is_not_counted_in_model_flops() -> None:
 def test_mfu_of_a_window() -> None:
     window = Window(flops=FlopCount(1e6, 2e6, 3e6), peak=1e12, tokens=100, supervised=10, images=5)
     window.started -= 1.0
-    line = window.line(SingleProcess(torch.device("cpu")), step=1, epoch=0.0)
+    line = window.line(Parallel(torch.device("cpu")), step=1, epoch=0.0)
     assert line["mfu"] == pytest.approx((100e6 + 20e6 + 15e6) / 1e12, rel=0.2, abs=5e-5)
 
 
@@ -159,6 +159,6 @@ def test_shapes_are_never_computed_with() -> None:
     x, A, B = torch.zeros(1, 4, 2), -torch.ones(2, 3), torch.zeros(1, 4, 1, 3)
     call = ScanCall(x, x, A, B, B, None, None, None, True, None, None, (False,), None, False)
     backend = get_backend("shapes")
-    assert backend.available() == "it computes nothing; it is for planning"
+    assert backend.supports(ScanSpec()) == "it computes nothing; it is for planning"
     with pytest.raises(BackendError, match="'shapes' computes nothing and was given real tensors"):
         backend.scan(call)

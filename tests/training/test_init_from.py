@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmamba.common.load import load_model
 from vlmamba.errors import CheckpointError, MissingFileError
-from vlmamba.models.builder import load_model
 from vlmamba.testing import tiny_model
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.export import export_model

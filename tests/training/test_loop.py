@@ -19,7 +19,7 @@ from vlmamba.training.data import build_data, open_sources
 from vlmamba.training.loop import Training, accumulate_gradients
 from vlmamba.training.metrics import Window, read_log
 from vlmamba.training.optim import build_optimizer
-from vlmamba.training.parallel import SingleProcess
+from vlmamba.training.parallel import Parallel
 from vlmamba.training.parts import trainable_parameters
 from vlmamba.training.run import prepare_model, run
 from vlmamba.training.schedule import Schedule
@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).with_name("golden_loss.json")
 
 def prepare(config: TrainConfig, tmp_path: Path) -> Training:
     """A run just before its loop."""
-    parallel = SingleProcess(torch.device("cpu"))
+    parallel = Parallel(torch.device("cpu"))
     model, processor = prepare_model(config, parallel.device)
     return Training(
         config=config,
@@ -126,7 +126,7 @@ def test_run_trains_exactly_the_parts(make_config: MakeConfig, tmp_path: Path) -
     before, _ = prepare_model(config, torch.device("cpu"))
     result = run(config)
     assert (result.outcome, result.step) == ("finished", 5)
-    from vlmamba.models.builder import load_model
+    from vlmamba.common.load import load_model
 
     after, _ = load_model(result.run_dir)
     new = after.state_dict()

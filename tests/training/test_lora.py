@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 
+from vlmamba.common.load import load_model
 from vlmamba.errors import CheckpointError, ConfigError
-from vlmamba.models.builder import load_model
 from vlmamba.testing import tiny_model
 from vlmamba.training.checkpoint import latest_checkpoint, load_trained, read_trained
 from vlmamba.training.config import GroupConfig, LoRAConfig, OptimConfig, TrainConfig

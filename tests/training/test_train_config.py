@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from vlmamba.common.processes import pick_device
 from vlmamba.config import dump_yaml, field_infos, load_yaml
 from vlmamba.errors import ConfigError
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import plan_settings
-from vlmamba.training.parallel import make_parallel, pick_device
+from vlmamba.training.parallel import Parallel, make_parallel
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -72,7 +73,10 @@ def test_global_batch_and_world_size(make_config: MakeConfig) -> None:
         plan_settings(make_config(), 4)
 
 
-def test_launcher_with_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_with_more_processes(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for strategy in ("single", "auto"):
+        alone = make_parallel(strategy, "cpu", make_config())
+        assert type(alone) is Parallel and not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"started 2 processes .* 'single' uses 1"):
         make_parallel("single", "cpu")

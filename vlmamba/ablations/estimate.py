@@ -1,10 +1,10 @@
-"""What a table will take, before it runs: its runs, what rows share, hours and memory of the full-size ones."""
+"""What a table will take, before it runs: its runs, what rows share, and hours of the full-size ones."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from functools import lru_cache
+from typing import Any
 
 from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Graph, Node
@@ -12,15 +12,17 @@ from vlmamba.ablations.table import Table
 from vlmamba.config import dump_yaml
 from vlmamba.errors import VLMambaError
 from vlmamba.evaluation.tables import duration, text_table
+from vlmamba.models.builder import build_meta_model
+from vlmamba.training.config import TrainConfig
 from vlmamba.training.flops import peak_of
+from vlmamba.training.plan import Planner, PlanSettings
+from vlmamba.training.plan_data import data_facts
 
 RECOMPUTED = 4 / 3
 """Work of a step that recomputes every block over one that does not: four passes instead of three."""
 
 
-def describe_graph(
-    table: Table, graph: Graph, store: Store, *, gpus: int = 8, memory: float = 80.0, gpu: str = "A100"
-) -> str:
+def describe_graph(table: Table, graph: Graph, store: Store, *, gpus: int = 8, gpu: str = "A100") -> str:
     """The run graph as text.
 
     Args:
@@ -28,18 +30,24 @@ def describe_graph(
         graph: Its runs.
         store: Where finished ones are.
         gpus: GPUs of each training.
-        memory: GiB of each.
         gpu: Their name.
     """
     rows, hours = [], []
+    plans: dict[str, tuple[str, float | None]] = {}
+    models: dict[str, Any] = {}
     for node in graph.nodes.values():
         users = list(dict.fromkeys(cell.row for cell in graph.users(node.id)))
         shared = "; ".join(users) if len(users) > 1 else ""
-        time, each = _time(node, graph, store, gpus, memory, gpu)
-        hours += [each] if each is not None and store.outcome(node.id) is None else []
-        starts = ", ".join(node.needs)
-        state = "done" if store.outcome(node.id) else ""
-        rows.append([node.id, node.label, time, state, starts, shared])
+        outcome = store.outcome(node.id)
+        time, state = "", ""
+        if outcome is not None:
+            time, state = duration(outcome.seconds), "done"
+        elif node.config is not None:
+            key = _what_takes_time(node.config)
+            plans[key] = plans.get(key) or _planned(node.config, gpus, gpu, models)
+            time, each = plans[key]
+            hours += [] if each is None else [each]
+        rows.append([node.id, node.label, time, state, ", ".join(node.needs), shared])
     kinds = {kind: [n for n in graph.nodes.values() if n.kind == kind] for kind in ("train", "eval", "speed")}
     counts = ", ".join(f"{len(nodes)} {kind}" for kind, nodes in kinds.items())
     wanted = sum(len(cell.train) for cell in graph.cells.values())
@@ -61,42 +69,25 @@ def describe_graph(
     return "\n".join(lines)
 
 
-def _time(
-    node: Node, graph: Graph, store: Store, gpus: int, memory: float, gpu: str
-) -> tuple[str, float | None]:
-    """Time of a node as text, and the hours estimated of a full-size training."""
-    outcome = store.outcome(node.id)
-    if outcome is not None:
-        return duration(outcome.seconds), None
-    if node.config is None:
-        return "", None
-    model = node.config.model.replace(connector=node.config.model.connector.replace(init={}))
-    config = node.config.replace(output="x", init_from=None, seed=0, model=model)
-    return _planned(dump_yaml(config), gpus, memory, gpu)
+def _what_takes_time(config: TrainConfig) -> str:
+    """A config without its seed and what it starts from: runs that differ in these only take the same time."""
+    model = config.model.replace(connector=config.model.connector.replace(init={}))
+    return dump_yaml(config.replace(output="x", init_from=None, seed=0, model=model))
 
 
-@lru_cache(maxsize=256)
-def _planned(yaml_text: str, gpus: int, memory: float, gpu: str) -> tuple[str, float | None]:
-    """Hours of a config; rows that differ in their seed or in what they start from only share the answer."""
-    import tempfile
-    from pathlib import Path
-
-    from vlmamba.config import load_yaml
-    from vlmamba.training.config import TrainConfig
-    from vlmamba.training.plan import Planner, PlanSettings
-    from vlmamba.training.plan_data import data_facts
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml_text, encoding="utf-8")
-        config = load_yaml(file, TrainConfig)
-    assert isinstance(config, TrainConfig)
+def _planned(config: TrainConfig, gpus: int, gpu: str, models: dict[str, Any]) -> tuple[str, float | None]:
+    """Time of a full-size training as text, and in hours where it is known; stages share their model."""
     if config.precision == "fp32":
         return "", None  # a recipe for CPUs: no GPU's peak says how long it takes
-    settings = PlanSettings(gpus=gpus, memory=memory, gpu=gpu)
+    settings = PlanSettings(gpus=gpus, gpu=gpu)
     try:
         facts = data_facts(config)
-        planner = Planner(config, settings)
+        sizes = dump_yaml(
+            config.model.replace(chat="plain", connector=config.model.connector.replace(init={}))
+        )
+        if sizes not in models or config.lora is not None:
+            models[sizes] = build_meta_model(config.model)
+        planner = Planner(config, settings, models[sizes] if config.lora is None else models.pop(sizes))
     except VLMambaError as error:
         return f"not known: {str(error).splitlines()[0][:80]}", None
     samples = planner.samples(facts.samples, facts.tokens)

@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Literal
 
 from vlmamba.ablations.graph import Graph, Node, write_nodes
+from vlmamba.common.files import replace_text
+from vlmamba.common.processes import EXIT_STOPPED, STOP_SIGNALS, end_with_parent
 from vlmamba.evaluation.tables import duration
-from vlmamba.training.faults import EXIT_STOPPED, STOP_SIGNALS
-from vlmamba.training.parallel.spawn import end_with_parent
-from vlmamba.training.run_dir import git_commit, write_text
+from vlmamba.training.run_dir import git_commit
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Store:
         name = f"{outcome.id}.json"
         kind, other = ("failed", "done") if outcome.code else ("done", "failed")
         (self.root / kind).mkdir(parents=True, exist_ok=True)
-        write_text(self.root / kind / name, json.dumps(asdict(outcome), indent=1) + "\n")
+        replace_text(self.root / kind / name, json.dumps(asdict(outcome), indent=1) + "\n")
         (self.root / other / name).unlink(missing_ok=True)
 
     def forget(self, node_id: str) -> None:

@@ -179,15 +179,17 @@ class _Expansion:
         self, row: Row, seed: int, parts: Mapping[str, str]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Train nodes of a row, and the command lines that do the same without a table."""
-        recipe = row.recipe or self.table.recipe
+        recipe, _, only = (row.recipe or self.table.recipe).partition(":")
         path = self.folder / f"{recipe}.py" if Path(recipe).suffix != ".py" else Path(recipe)
         if not path.is_file():
             raise ConfigError(f"row {row.name!r}: there is no recipe {path}")
         functions = recipe_functions(path)
+        if only and only not in functions:
+            raise ConfigError(f"row {row.name!r}: {path} has no stage {only!r}")
         written: dict[str, str] = {}
         ids: list[str] = []
         commands: list[str] = []
-        for stage in (s for s in STAGES if s in functions):
+        for stage in (s for s in STAGES if s in functions and only in ("", s)):
             settings = {
                 **self.table.settings, **self.table.stages.get(stage, {}), **row.settings,
                 **row.stages.get(stage, {}), "seed": seed,
@@ -238,7 +240,8 @@ class _Expansion:
                 for path in (*_paths(config.model.vision.path), config.model.language.path)
             ]
             + [fingerprint_path(source.annotations) for source in config.data.sources]
-            + [fingerprint_path(path) for path in (config.model.language.tokenizer,) if path is not None],
+            + [fingerprint_path(path) for path in (config.model.language.tokenizer,) if path is not None]
+            + [fingerprint_path(path) for path in (config.model.chat,) if path.endswith(".jinja")],
         }
         node_id = f"train-{_digest(depends)}"
         return Node(
@@ -278,7 +281,7 @@ class _Expansion:
 
 def write_nodes(graph: Graph, store: str | Path) -> None:
     """Write the configs that train nodes are started from."""
-    from vlmamba.training.run_dir import write_text
+    from vlmamba.common.files import replace_text
 
     folder = Path(store) / "nodes"
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +289,7 @@ def write_nodes(graph: Graph, store: str | Path) -> None:
         if node.config is not None:
             text, file = dump_yaml(node.config), folder / f"{node.id}.yaml"
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
-                write_text(file, text)
+                replace_text(file, text)
 
 
 def _text(value: Any) -> str:

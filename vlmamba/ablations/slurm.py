@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Graph
-from vlmamba.training.run_dir import write_text
+from vlmamba.common.files import replace_text
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -65,8 +65,8 @@ def write_arrays(
         left = [node.id for node in wave if store.outcome(node.id) is None]
         if not left:
             continue
-        write_text(target / f"wave-{number}.txt", "\n".join(left) + "\n")
-        write_text(target / f"wave-{number}.sbatch", _script(number, target.resolve(), command, options))
+        replace_text(target / f"wave-{number}.txt", "\n".join(left) + "\n")
+        replace_text(target / f"wave-{number}.sbatch", _script(number, target.resolve(), command, options))
         after = " --dependency=afterany:$job" if before else ""
         submit.append(
             f'job=$(sbatch --parsable --array=0-{len(left) - 1}{after} "$here/wave-{number}.sbatch")'
@@ -76,7 +76,7 @@ def write_arrays(
     last = f"when all have ended: {command} --report-only" if before else "everything is done"
     submit.append(f"echo {shlex.quote(last)}")
     path = target / "submit.sh"
-    write_text(path, "\n".join(submit) + "\n")
+    replace_text(path, "\n".join(submit) + "\n")
     return path
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmamba.evaluation.cli import load_for_evaluation
+from vlmamba.common.load import load_model
 from vlmamba.evaluation.switches import apply_switches
 from vlmamba.training.metrics import peak_memory_gib
 
@@ -45,7 +45,7 @@ def measure_speed(
         ``decode_tokens_per_s``: medians; ``memory_gib``: the most that was held; ``prompt_tokens``, ``image_tokens``,
         ``parameters`` by part, ``threads`` and ``device``.
     """
-    model, processor = load_for_evaluation(checkpoint, device)
+    model, processor = load_model(checkpoint, device=device)
     apply_switches(model, processor, switches or {})
     size = model.vision_tower.image_size
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)

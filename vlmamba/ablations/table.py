@@ -32,7 +32,7 @@ class Row:
             ``{"pre": "VL-Mamba"}``.
         switches: Changes of the trained model before it is measured (`vlmamba.evaluation.switches`):
             ``{"scan": "forward"}``, ``{"num_queries": 16}``. Rows that differ in nothing else share their training.
-        recipe: Another recipe than the table's.
+        recipe: Another recipe than the table's; ``cobra:finetune`` is that stage alone.
         paper: The paper's own figures, by the names of its columns.
         shown: Whether it is a line of the table, or only trained because another row starts from it.
     """

@@ -14,26 +14,20 @@ What can be read, and what `to` writes from it:
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlmamba.checkpoints.files import (
-    load_state_dict_dir,
-    load_weights_only,
-    save_json,
-    save_pickle,
-    save_state_dict,
-)
 from vlmamba.checkpoints.keymap import part_of
 from vlmamba.checkpoints.llava import PROJECTOR, connector_from_llava, connector_to_llava
 from vlmamba.checkpoints.prismatic import CHECKPOINT, is_prismatic, load_prismatic, model_to_prismatic
 from vlmamba.checkpoints.state_spaces import STATE_SPACES
+from vlmamba.common.files import replace_json, replaced_directory
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
+from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
 from vlmamba.models.language.loading import read_config_dict
 from vlmamba.models.language.state_spaces import (
     config_from_original,
@@ -41,12 +35,11 @@ from vlmamba.models.language.state_spaces import (
     is_original_config,
     transformers_name,
 )
+from vlmamba.models.language.weights import load_state_dict_dir, load_weights_only, save_tensors
 from vlmamba.registry import close_matches
 from vlmamba.ssm.mixer import keeps_fp32
 
 TARGETS = ("transformers", "state-spaces", "llava", "prismatic")
-CONNECTOR_FILE = "connector.safetensors"
-CONNECTOR_CONFIG_FILE = "connector_config.json"
 LANGUAGE_DIRECTORY = "language_model"
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 CARRIED = (
@@ -131,18 +124,28 @@ def convert(
             f"unknown layout {to!r} to convert to.{close_matches(to, list(TARGETS))} "
             f"Known: {', '.join(TARGETS)}."
         )
-    target = Path(target)
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target}: exists already; choose another target, or pass overwrite")
+    target = Path(target) if overwrite else new_directory(target)
     parts = read_parts(source)
     if dtype is not None:
         parts.connector = _cast(parts.connector, dtype)
         parts.language = _cast(parts.language, dtype)
         if parts.config is not None:
             parts.config.dtype = dtype
-    _replace_directory(target, lambda directory: _write(parts, directory, to, str(source)))
+    with replaced_directory(target) as directory:
+        _write(parts, directory, to, str(source))
     files = sorted(str(file.relative_to(target)) for file in target.rglob("*") if file.is_file())
     return Conversion(parts.layout, target, tuple(files), len(parts.connector), len(parts.language))
+
+
+def new_directory(target: str | Path) -> Path:
+    """A place to write to where nothing is yet.
+
+    Raises:
+        CheckpointError: Something is.
+    """
+    if Path(target).exists():
+        raise CheckpointError(f"{target}: exists already; choose another target, or pass overwrite")
+    return Path(target)
 
 
 def read_parts(source: str | Path) -> Parts:
@@ -267,13 +270,13 @@ def _write(parts: Parts, directory: Path, to: str, where: str) -> None:
         if not parts.connector:
             raise CheckpointError(f"{where}: has no connector ({parts.layout} layout), which {to!r} needs")
         if to == "llava":
-            save_state_dict(connector_to_llava(parts.connector), directory / "mm_projector.bin")
+            save_tensors(connector_to_llava(parts.connector), directory / "mm_projector.bin")
             return
         _write_prismatic(parts, directory)
         return
     if parts.connector and parts.layout != "vlmamba":
-        save_state_dict(parts.connector, directory / CONNECTOR_FILE)
-        save_json(_describe_mlp(parts.connector), directory / CONNECTOR_CONFIG_FILE)
+        save_tensors(parts.connector, directory / CONNECTOR_FILE)
+        replace_json(directory / CONNECTOR_CONFIG_FILE, _describe_mlp(parts.connector), sort_keys=True)
         if parts.language:
             _write_language(parts, directory / LANGUAGE_DIRECTORY, to, where)
         return
@@ -301,12 +304,13 @@ def _write_language(parts: Parts, directory: Path, to: str, where: str) -> None:
         state.pop(HEAD, None)
     directory.mkdir(parents=True, exist_ok=True)
     if to == "transformers":
-        save_json(config.to_dict() | {"architectures": ["MambaForCausalLM"]}, directory / "config.json")
-        save_state_dict(state, directory / "model.safetensors")
+        described = config.to_dict() | {"architectures": ["MambaForCausalLM"]}
+        replace_json(directory / "config.json", described, sort_keys=True)
+        save_tensors(state, directory / "model.safetensors")
     else:  # mamba_ssm reads pytorch_model.bin, and wants the head in it, tied or not
         state.setdefault(HEAD, state[EMBEDDINGS])
-        save_json(config_to_original(config), directory / "config.json")
-        save_state_dict(STATE_SPACES.to_theirs(state, where=where), directory / "pytorch_model.bin")
+        replace_json(directory / "config.json", config_to_original(config), sort_keys=True)
+        save_tensors(STATE_SPACES.to_theirs(state, where=where), directory / "pytorch_model.bin")
     for name in CARRIED:
         if parts.directory is not None and (parts.directory / name).is_file():
             shutil.copyfile(parts.directory / name, directory / name)
@@ -318,7 +322,8 @@ def _write_prismatic(parts: Parts, directory: Path) -> None:
     if language:
         language.setdefault(HEAD, language[EMBEDDINGS])
     state.update({f"language_model.{name}": tensor for name, tensor in language.items()})
-    save_pickle({"model": model_to_prismatic(state)}, directory / CHECKPOINT)
+    (directory / CHECKPOINT).parent.mkdir(parents=True)
+    torch.save({"model": model_to_prismatic(state)}, directory / CHECKPOINT)
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -329,25 +334,3 @@ def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch
         else tensor
         for name, tensor in state.items()
     }
-
-
-def _replace_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a temporary directory beside the target and put it in the target's place when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        fill(temporary)
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: could not be written ({error}); free some space or write elsewhere, and try again"
-        ) from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)

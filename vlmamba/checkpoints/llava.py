@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from vlmamba.checkpoints.files import load_state_dict_file
 from vlmamba.checkpoints.keymap import KeyMap, Rule
 from vlmamba.errors import CheckpointError
+from vlmamba.models.language.weights import load_state_dict_file
 
 MAX_DEPTH = 4
 PROJECTOR = "mm_projector."

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from vlmamba.checkpoints.files import load_weights_only
 from vlmamba.checkpoints.keymap import KeyMap, Rule, add_prefix
 from vlmamba.checkpoints.state_spaces import STATE_SPACES
 from vlmamba.errors import CheckpointError, MissingFileError
+from vlmamba.models.language.weights import load_weights_only
 
 CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
 CONNECTOR = "multi_modal_projector."

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from vlmamba.ablations.table import FOLDER, Table, load_table, table_name, table_names
 from vlmamba.cli.evaluate import add_switches, chosen_switches
+from vlmamba.common.processes import EXIT_STOPPED
 from vlmamba.config.overrides import parse_overrides
 from vlmamba.errors import ConfigError, VLMambaError
-from vlmamba.training.faults import EXIT_STOPPED
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 EXAMPLES = """examples:
@@ -70,11 +70,7 @@ def _ablate(arguments: argparse.Namespace, table: Table, words: Sequence[str]) -
         from vlmamba.ablations.estimate import describe_graph
 
         logging.getLogger("vlmamba").setLevel(logging.WARNING)
-        print(
-            describe_graph(
-                table, graph, store, gpus=arguments.gpus, memory=arguments.memory, gpu=arguments.gpu
-            )
-        )
+        print(describe_graph(table, graph, store, gpus=arguments.gpus, gpu=arguments.gpu))
         return 0
     if arguments.slurm:
         from vlmamba.ablations.slurm import write_arrays
@@ -153,8 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--node", help="run one node, as the array scripts do")
     group.add_argument("--gpus", type=int, default=8, help="GPUs of a run, for the estimate (8)")
-    group.add_argument("--memory", type=float, default=80.0, help="GiB of each (80)")
-    group.add_argument("--gpu", default="A100", help="its name (A100)")
+    group.add_argument("--gpu", default="A100", help="their name (A100)")
     return parser
 
 

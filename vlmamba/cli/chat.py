@@ -6,12 +6,12 @@ A path typed, pasted or dragged into the line (quoted, escaped, or as ``file://`
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import shlex
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from vlmamba.errors import VLMambaError
@@ -41,7 +41,10 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arguments = parser.parse_args(words)
-    session = Session.load(arguments)
+    from vlmamba.integrations.asking import Answerer
+
+    answerer = Answerer.load(arguments.checkpoint, device=arguments.device)
+    session = Session(answerer, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature)
     session.show(*arguments.image)
     if arguments.question is not None:
         session.ask(arguments.question)
@@ -62,41 +65,24 @@ def run(words: Sequence[str]) -> int:
 
 
 class Session:
-    """One conversation with one model.
+    """A conversation.
 
     Args:
-        model: The model, in eval mode.
-        processor: Its processor.
+        answerer: The checkpoint (`vlmamba.integrations.asking.Answerer`).
         max_new_tokens: Longest answer.
         temperature: 0 is greedy.
+
+    Attributes:
+        turns: Role, and pictures and text, of each turn so far.
+        pending: Pictures that go with the next question.
     """
 
-    def __init__(self, model: Any, processor: Any, *, max_new_tokens: int, temperature: float) -> None:
-        self.model, self.processor = model, processor
-        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            self.options["temperature"] = temperature
-        self.messages: list[dict[str, Any]] = []
+    def __init__(self, answerer: Any, *, max_new_tokens: int, temperature: float) -> None:
+        self.answerer = answerer
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else None
+        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+        self.turns: list[tuple[str, list[Any]]] = []
         self.pending: list[Any] = []
-
-    @classmethod
-    def load(cls, arguments: argparse.Namespace) -> Session:
-        """Load the model that the command line names."""
-        import torch
-
-        from vlmamba.models.builder import load_model
-
-        device = arguments.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        model, processor = load_model(arguments.checkpoint, dtype)
-        return cls(
-            model.to(device),
-            processor,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-        )
 
     def handle(self, line: str) -> None:
         """One line of the user: a command or a question."""
@@ -106,10 +92,10 @@ class Session:
         if command == "/help":
             print(HELP)
         elif command == "/new":
-            self.messages, self.pending = [], []
+            self.turns, self.pending = [], []
             print("(a new conversation)")
         elif command == "/system":
-            self.messages, self.pending = [{"role": "system", "content": rest}], []
+            self.turns, self.pending = [("system", [rest])], []
             print("(a new conversation)")
         elif command == "/image":
             self.show(_path_of(rest))
@@ -130,47 +116,22 @@ class Session:
         Raises:
             ImageError: There is none, or it cannot be read.
         """
-        self.pending += [self.processor.image_processor.open(Path(path).expanduser()) for path in paths]
+        self.pending += [
+            self.answerer.processor.image_processor.open(Path(path).expanduser()) for path in paths
+        ]
 
     def ask(self, text: str) -> str:
         """Ask, print the answer while it comes, and remember both."""
-        images = [{"type": "image", "image": picture} for picture in self.pending]
-        content = [*images, {"type": "text", "text": ("\n" if images else "") + text}]
-        messages = [*self.messages, {"role": "user", "content": content}]
-        answer = "".join(self._stream(messages)).strip()
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        self.pending = []
-        return answer
+        from vlmamba.integrations.asking import Request
 
-    def _stream(self, messages: list[dict[str, Any]]) -> list[str]:
-        from transformers import TextIteratorStreamer
-
-        inputs = self.processor.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_tensors="pt"
-        ).to(self.model.device)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failure: list[BaseException] = []
-
-        def generate() -> None:
-            try:
-                self.model.generate(**inputs, **self.options, streamer=streamer)
-            except Exception as error:  # noqa: BLE001 - raised again below, in the thread that asked
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        pieces: list[str] = []
-        for piece in streamer:
-            shown = piece if pieces else piece.lstrip()
-            if shown:
-                print(shown, end="", flush=True)
-                pieces.append(shown)
-        thread.join()
+        turns = [*self.turns, ("user", [*self.pending, text])]
+        question = self.answerer.encode(Request.of(turns))
+        answer: str = self.answerer.write(
+            question, **self.options, on_text=functools.partial(print, end="", flush=True)
+        ).text
         print()
-        if failure:
-            raise failure[0]
-        return pieces
+        self.turns, self.pending = [*turns, ("assistant", [answer])], []
+        return answer
 
 
 def split_paths(line: str) -> tuple[str, list[str]]:

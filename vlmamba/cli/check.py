@@ -1,4 +1,7 @@
-"""``vlmamba check language``: is a language model the same model packed, padded, split, stepped and reloaded."""
+"""``vlmamba check language``: is a language model the same model packed, padded, split, stepped and reloaded.
+
+``vlmamba check run``: is every file of a run what was written.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ EXAMPLES = """examples:
   vlmamba check language config.json                # a config: random weights
   vlmamba check language runs/quickstart/finetune   # the language model of a run or an export
   vlmamba check language --all                      # every known family, tiny: the table of docs/backbones.md
+  vlmamba check run runs/quickstart/finetune        # or one of its checkpoints, or an export
 """
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the verb; exit code 1 when a law is broken."""
+    """Run the verb; exit code 1 when a law is broken or a file is damaged."""
     parser = argparse.ArgumentParser(
         prog="vlmamba check",
         description="Try the laws that hold of a model here.",
@@ -36,10 +40,30 @@ def run(words: Sequence[str]) -> int:
     language.add_argument("paths", nargs="*", metavar="PATH", help="directory, config.json, run or export")
     language.add_argument("--all", action="store_true", help="every known family at a tiny size")
     language.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    run_folder = actions.add_parser(
+        "run",
+        help="compare every file of a run, a checkpoint or an export with its digest",
+        allow_abbrev=False,
+    )
+    run_folder.add_argument("folder", type=Path)
     arguments = parser.parse_args(words)
+    if arguments.action == "run":
+        return _run_folder(arguments.folder)
     if bool(arguments.paths) == arguments.all:
         parser.error("give the language models to check, or --all")
     return _language(arguments.paths, seed=arguments.seed)
+
+
+def _run_folder(folder: Path) -> int:
+    from vlmamba.training.check_run import check_run
+
+    findings = check_run(folder)
+    width = max(len(finding.file) for finding in findings)
+    for finding in findings:
+        print(f"{finding.file:<{width}}  {finding.size:>15,}  {finding.verdict}")
+    damaged = sum(finding.damaged for finding in findings)
+    print(f"\n{len(findings)} file(s), {damaged} damaged")
+    return 1 if damaged else 0
 
 
 def _language(paths: Sequence[str], *, seed: int) -> int:
@@ -94,19 +118,19 @@ def _models(paths: Iterable[str], seed: int) -> Iterator[tuple[str, Callable[[],
 def _load(path: str, seed: int) -> Any:
     import torch
 
+    from vlmamba.common.load import find_model, is_checkpoint, load_model
     from vlmamba.errors import MissingFileError
-    from vlmamba.models.builder import export_directory, load_model
     from vlmamba.models.language import build_language_model, load_language_model, read_config
     from vlmamba.models.language.loading import read_config_dict, resolve_directory
     from vlmamba.models.language.weights import weight_files
 
     if Path(path).name == "config.json" and Path(path).is_file():
         return _seeded(build_language_model, read_config(Path(path).parent), seed)
-    directory = resolve_directory(path)
+    directory = Path(path) if is_checkpoint(Path(path)) else resolve_directory(path)
     if not (directory / "config.json").is_file():
-        directory = export_directory(path)
-    if read_config_dict(directory).get("model_type") == "vlmamba":
-        return load_model(directory, torch.float32)[0].language_model
+        directory = find_model(directory)
+    if is_checkpoint(directory) or read_config_dict(directory).get("model_type") == "vlmamba":
+        return load_model(directory, dtype="float32")[0].language_model
     try:
         weight_files(directory)
     except MissingFileError:

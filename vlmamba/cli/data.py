@@ -1,4 +1,4 @@
-"""``vlmamba data check | show | stats``: what is wrong with data, what is learnt from it, how long it is."""
+"""``vlmamba data check | show | stats | convert``: what is wrong with data, what is learnt from it, how long it is."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   vlmamba data show train/playground.py:finetune --number 5 --html samples.html
   vlmamba data show rows.json --images pictures --processor runs/quickstart/finetune
   vlmamba data stats train/vl_mamba.py:finetune --ranks 8 --pack 4096,8192
+  vlmamba data convert lrv playground/data/lrv playground/data/lrv_instruct_400k.json
 """
 
 
@@ -59,11 +60,21 @@ def run(words: Sequence[str]) -> int:
     stats.add_argument("--html", type=Path, help="also write a page")
     stats.add_argument("--png", type=Path, help="also write the histogram as a picture (needs matplotlib)")
     stats.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that measure")
+    convert = actions.add_parser("convert", help="other formats to LLaVA's", allow_abbrev=False)
+    convert.add_argument("format", choices=("lrv",), help="lrv: LRV-Instruction, its charts included")
+    convert.add_argument("folder", type=Path, help="with the files as they are published")
+    convert.add_argument("output", type=Path, help="JSON file to write")
     arguments, overrides = parser.parse_known_args(words)
-    if overrides and (arguments.action == "check" or not _is_recipe(arguments.target)):
+    if overrides and (arguments.action in ("check", "convert") or not _is_recipe(arguments.target)):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     if arguments.action == "check":
         return _check(arguments)
+    if arguments.action == "convert":
+        from vlmamba.data.lrv import convert_lrv
+
+        rows = convert_lrv(arguments.folder, arguments.output)
+        print(f"{rows:,} rows are in {arguments.output}; images: {arguments.folder.resolve().parent}")
+        return 0
     return (_show if arguments.action == "show" else _stats)(arguments, overrides)
 
 
@@ -147,10 +158,9 @@ def _dataset(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[V
             "tokens depend on the model: give --processor RUN (a finished run or an exported model), or a recipe in "
             "place of the annotation file"
         )
-    from vlmamba.models import VLMambaProcessor
-    from vlmamba.models.builder import export_directory
+    from vlmamba.common.load import load_processor
 
-    processor: Any = VLMambaProcessor.from_pretrained(export_directory(arguments.processor))
+    processor = load_processor(arguments.processor)
     source = _source(arguments.target, arguments.kind, arguments.images)
     return VLDataset(source, processor, max_length=arguments.max_length), None
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from vlmamba.cli import compare, score
+from vlmamba.common.processes import Group, read_launch, spawn_asked
+
+WAIT = timedelta(days=7)
+"""How long a process that is done waits for the others; a launcher ends all when one fails."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -17,21 +22,13 @@ def run(words: Sequence[str]) -> int:
 
 def _measure(words: Sequence[str]) -> int:
     arguments = _measure_parser().parse_args(words)
+    if (code := spawn_asked(words, arguments.nproc, verb="eval")) is not None:
+        return code
     from vlmamba.evaluation.cli import evaluate_checkpoint
-    from vlmamba.evaluation.ranks import connect
     from vlmamba.evaluation.tables import format_results
-    from vlmamba.training.parallel.launch import read_launch
-    from vlmamba.training.parallel.spawn import is_launched, processes_here, spawn
 
-    if not is_launched():
-        count = processes_here() if arguments.nproc == "auto" else int(arguments.nproc)
-        if count > 1:
-            return spawn(without_option(words, "--nproc"), count, verb="eval")
     launch = read_launch()
-    ranks = connect(launch)
-    device = arguments.device
-    if launch.world_size > 1 and device in ("auto", "cuda"):
-        device = _device_of(launch.local_rank)
+    ranks = Group(launch if launch.world_size > 1 else None, wait=WAIT)
     try:
         results = evaluate_checkpoint(
             arguments.checkpoint,
@@ -44,7 +41,7 @@ def _measure(words: Sequence[str]) -> int:
             fresh=arguments.fresh,
             folder=arguments.folder,
             options=dict(score.option(text) for text in arguments.option),
-            device=device,
+            device=arguments.device,
             dtype=arguments.dtype,
             switches=chosen_switches(arguments),
             ranks=ranks,
@@ -93,7 +90,6 @@ def _measure_parser() -> argparse.ArgumentParser:
     )
     add(
         "--nproc",
-        type=_processes,
         metavar="N",
         default="1",
         help="processes on this host that share the questions, or auto: one a GPU (default: 1; torchrun works too)",
@@ -119,30 +115,7 @@ def chosen_switches(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def without_option(words: Sequence[str], name: str) -> list[str]:
-    """The words without an option and its value."""
-    kept: list[str] = []
-    for at, word in enumerate(words):
-        if word != name and not word.startswith(f"{name}=") and (at == 0 or words[at - 1] != name):
-            kept.append(word)
-    return kept
-
-
-def _processes(text: str) -> str:
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"a number of processes or auto, got {text!r}")
-    return text
-
-
 def _batch_size(text: str) -> int | str:
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"a number of questions or auto, got {text!r}")
     return text if text == "auto" else int(text)
-
-
-def _device_of(local_rank: int) -> str:
-    """The GPU of one of several processes on a host, where there are GPUs."""
-    import torch
-
-    count = torch.cuda.device_count()
-    return f"cuda:{local_rank % count}" if count else "cpu"

@@ -11,7 +11,8 @@ from vlmamba.errors import ConfigError
 
 def run(words: Sequence[str]) -> int:
     """Run the verb."""
-    from vlmamba.interpret.answers import answer_question, load_inspectable
+    from vlmamba.common.load import load_model
+    from vlmamba.interpret.answers import answer_question
     from vlmamba.interpret.methods import METHODS, check_method, methods_of
     from vlmamba.interpret.report import make_maps, write_inspection
 
@@ -35,7 +36,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arguments = parser.parse_args(words)
     token = None if arguments.answer == "all" else _number("--answer", arguments.answer)
-    model, processor = load_inspectable(arguments.checkpoint)
+    model, processor = load_model(arguments.checkpoint, device=arguments.device, dtype="float32")
     images = [processor.image_processor.open(Path(path).expanduser()) for path in arguments.image]
     methods = methods_of(model) if arguments.method == "all" else [arguments.method]
     layers: list[int] = []
@@ -46,7 +47,6 @@ def run(words: Sequence[str]) -> int:
         check_method(model, method)
     for layer in layers:
         check_method(model, arguments.method.replace("all", "hidden-attention"), layer=layer)
-    model = model.to(_device(arguments.device))
     answer = answer_question(
         model, processor, images, arguments.question, max_new_tokens=arguments.max_new_tokens
     )
@@ -63,11 +63,3 @@ def _number(flag: str, word: str) -> int:
     if not word.isdecimal():
         raise ConfigError(f"{flag} is {word!r}; it must be a number from 0 or 'all'")
     return int(word)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

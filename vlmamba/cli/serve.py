@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from vlmamba.errors import require
+
+KEY = "VLMAMBA_API_KEY"
 
 
 def run(words: Sequence[str]) -> int:
     """Run the verb."""
+    for package in ("pydantic", "starlette", "uvicorn"):
+        require(package, extra="serve", feature="vlmamba serve")
     from vlmamba.integrations.openai_server import Limits, serve
 
-    limits = Limits()
     parser = argparse.ArgumentParser(
         prog="vlmamba serve",
         description="Answer requests of OpenAI's chat-completions interface (POST /v1/chat/completions), whole or "
-        "streamed, pictures as data URLs. There is no authentication: keep it on this host or behind a proxy.",
+        f"streamed, pictures as data URLs. Where the environment has {KEY}, clients must show it "
+        "(Authorization: Bearer KEY).",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -25,28 +33,29 @@ def run(words: Sequence[str]) -> int:
     add("--port", type=int, default=8000)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16")
-    add("--max-new-tokens", type=int, default=limits.new_tokens, help="longest answer (default: %(default)s)")
-    add("--max-images", type=int, default=limits.images, help="pictures of a request (default: %(default)s)")
-    add("--max-bytes", type=int, default=limits.body_bytes, help="size of a request (default: %(default)s)")
-    add(
-        "--max-waiting",
-        type=int,
-        default=limits.waiting,
-        help="requests that may wait (default: %(default)s)",
-    )
-    arguments = parser.parse_args(words)
+    limits = parser.add_argument_group("limits")
+    for one in dataclasses.fields(Limits):
+        limits.add_argument(
+            f"--max-{one.name.replace('_', '-')}",
+            dest=one.name,
+            type=type(one.default),
+            default=one.default,
+            metavar="N",
+            help=f"{one.metadata['help']} (default: {one.default:,})",
+        )
+    arguments = vars(parser.parse_args(words))
     from vlmamba.integrations.asking import Answerer
 
-    answerer = Answerer.load(arguments.checkpoint, device=arguments.device, dtype=arguments.dtype)
-    name = arguments.name or Path(arguments.checkpoint).resolve().name
-    print(f"{name} on http://{arguments.host}:{arguments.port}/v1")
+    checkpoint = arguments["checkpoint"]
+    answerer = Answerer.load(checkpoint, device=arguments["device"], dtype=arguments["dtype"])
+    name = arguments["name"] or Path(checkpoint).resolve().name
+    print(f"{name} on http://{arguments['host']}:{arguments['port']}/v1", flush=True)
     serve(
         answerer,
         name=name,
-        host=arguments.host,
-        port=arguments.port,
-        limits=Limits(
-            arguments.max_bytes, arguments.max_images, arguments.max_new_tokens, arguments.max_waiting
-        ),
+        host=arguments["host"],
+        port=arguments["port"],
+        limits=Limits(**{one.name: arguments[one.name] for one in dataclasses.fields(Limits)}),
+        key=os.environ.get(KEY) or None,
     )
     return 0

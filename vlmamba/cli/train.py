@@ -14,12 +14,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from vlmamba.common.processes import EXIT_STOPPED, read_launch, spawn_asked
 from vlmamba.config import describe, dump_yaml, list_recipes, load_recipe
 from vlmamba.errors import VLMambaError
 from vlmamba.training.config import TrainConfig
-from vlmamba.training.faults import EXIT_STOPPED
-from vlmamba.training.parallel.launch import read_launch
-from vlmamba.training.parallel.spawn import is_launched, processes_here, spawn
 
 
 def run(words: Sequence[str]) -> int:
@@ -61,10 +59,8 @@ def run(words: Sequence[str]) -> int:
     if arguments.print_config:
         print(dump_yaml(recipe.config), end="")
         return 0
-    if not arguments.dry_run and not is_launched():
-        count = _count(parser, arguments.nproc)
-        if count > 1 or "NNODES" in os.environ:
-            return spawn(_without_nproc(words), count)
+    if not arguments.dry_run and (code := spawn_asked(words, arguments.nproc, verb="train")) is not None:
+        return code
     rank = read_launch().rank
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
@@ -107,20 +103,3 @@ def _leave(error: Exception, rank: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2 if known else 1)
-
-
-def _count(parser: argparse.ArgumentParser, text: str) -> int:
-    if text == "auto":
-        return processes_here()
-    if not text.isdigit() or text == "0":
-        parser.error(f"--nproc: a number of processes or auto, got {text!r}")
-    return int(text)
-
-
-def _without_nproc(words: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    for index, word in enumerate(words):
-        if word == "--nproc" or word.startswith("--nproc=") or (index and words[index - 1] == "--nproc"):
-            continue
-        kept.append(word)
-    return kept

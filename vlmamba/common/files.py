@@ -8,6 +8,7 @@ killed process leaves under a hidden name, `sweep` removes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vlmamba.errors import CheckpointError, ConfigError, VLMambaError, WriteError
 
@@ -135,7 +136,13 @@ def write_errors(path: Path) -> Iterator[None]:
         # torch and safetensors wrap what the system said in errors of their own.
         if any(
             part in str(error)
-            for part in ("No space left", "I/O error", "PytorchStreamWriter", "unexpected pos")
+            for part in (
+                "No space left",
+                "I/O error",
+                "iostream error",
+                "PytorchStreamWriter",
+                "unexpected pos",
+            )
         ):
             raise write_failure(path, error) from error
         raise
@@ -154,12 +161,13 @@ def write_failure(path: Path, error: BaseException) -> WriteError:
     )
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left under hidden names in a folder and below.
+def sweep(folder: Path, *, below: bool = True) -> None:
+    """Remove what a killed process left under hidden names in a folder, and below it or not.
 
     Only for a folder that this process alone writes to (see `locked`).
     """
-    for left in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+    pattern = "**/.*" if below else ".*"
+    for left in [*folder.glob(f"{pattern}.tmp"), *folder.glob(f"{pattern}.old")]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -216,12 +224,23 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where results are kept that take long and can be computed again: ``$VLMAMBA_CACHE``, or ``~/.cache/vlmamba``.
+
+    Raises:
+        RuntimeError: There is no home folder.
+    """
+    return Path(os.environ.get("VLMAMBA_CACHE") or Path.home() / ".cache" / "vlmamba").expanduser()
+
+
 @contextmanager
 def locked(path: Path, *, busy: str | None, error: type[VLMambaError] = ConfigError) -> Iterator[None]:
     """Hold a lock file; the system lets go of it when the process ends, however it ends.
 
-    The file stays, and says who holds it or held it last. Where the system has no such locks, or the folder cannot be
-    written, nobody is kept out.
+    The file stays, and says who holds it or held it last. Children that this process forks (data workers) do not hold
+    it. On NFS, Linux makes it a lock of the server, which holds for all hosts and ends with the process as well (not
+    under the mount option nolock or local_lock=flock: there it holds for one host). Where the system has no such locks,
+    or the folder cannot be written, nobody is kept out.
 
     Args:
         path: The lock file; its folder is made when needed.
@@ -253,11 +272,29 @@ def locked(path: Path, *, busy: str | None, error: type[VLMambaError] = ConfigEr
             except OSError:  # a file system without locks
                 pass
             else:
+                _let_go_in_children()
+                _held.add(file)
+                stack.callback(_held.discard, file)
                 with contextlib.suppress(OSError):
                     file.truncate(0)
                     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                     file.flush()
         yield
+
+
+_held: set[TextIO] = set()
+"""The locks of this process."""
+
+
+@functools.cache
+def _let_go_in_children() -> None:
+    """A lock lives as long as any process has it open: one that is forked closes it, so that it ends with this one."""
+
+    def close() -> None:
+        while _held:
+            _held.pop().close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 def _hidden(path: Path) -> Path:

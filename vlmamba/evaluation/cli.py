@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from vlmamba.common.load import load_model
+from vlmamba.common.processes import Group
 from vlmamba.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
 from vlmamba.evaluation.predictions import score_predictions as score_predictions
-from vlmamba.evaluation.ranks import Ranks
 from vlmamba.evaluation.records import read_records, record_key, remove_answers
 from vlmamba.evaluation.scoring import given_answers
 from vlmamba.evaluation.task import Task, load_task
 
 RESULTS_FILE = "results.json"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate_checkpoint(
@@ -40,7 +40,7 @@ def evaluate_checkpoint(
     device: str = "auto",
     dtype: str = "auto",
     switches: Mapping[str, Any] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Group | None = None,
 ) -> dict[str, Any]:
     """Ask a checkpoint the questions of some tasks; write answers, submissions and ``results.json``.
 
@@ -79,8 +79,8 @@ def evaluate_checkpoint(
     from vlmamba.evaluation.runner import evaluate
     from vlmamba.evaluation.switches import apply_switches
 
-    ranks = ranks or Ranks()
-    model, processor = load_for_evaluation(checkpoint, device, dtype)
+    ranks = ranks or Group()
+    model, processor = load_model(checkpoint, device=device, dtype=dtype)
     apply_switches(model, processor, switches or {})
     target = _output_folder(Path(checkpoint) / "eval" if output is None else Path(output))
     results: dict[str, Any] = {
@@ -125,29 +125,6 @@ def _output_folder(target: Path) -> Path:
             f"results cannot be written to {target}: {error.strerror}. Choose another folder (--output)"
         ) from error
     return target
-
-
-def load_for_evaluation(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """A checkpoint's model, ready to be asked, and its processor.
-
-    Raises:
-        ConfigError: The device is not there, or the dtype unknown.
-        MissingFileError: No such checkpoint.
-    """
-    import torch
-
-    from vlmamba.models.builder import load_model
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} was asked for, but torch sees no GPU here; use cpu or auto")
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    model, processor = load_model(checkpoint, getattr(torch, dtype))
-    return model.to(device).eval(), processor
 
 
 def load_tasks(

@@ -175,7 +175,7 @@ def generate_answers(
     model: Any, processor: Any, questions: Sequence[Question], *, max_new_tokens: int
 ) -> list[Reply]:
     """Greedy answers to a batch of questions: the tokens that `model.generate` gives without sampling."""
-    ends = _end_ids(model, processor)
+    ends = end_ids(model, processor)
     needs_mask = family_of(model.language_model).needs_mask_after_prompt
     written: list[list[int]] = [[] for _ in questions]
     with evaluating(model), torch.inference_mode():
@@ -217,7 +217,7 @@ def sample_answers(
     """Answers by transformers' `generate`, with its options (do_sample, temperature, top_p, num_beams, ...)."""
     from transformers import GenerationConfig
 
-    ends = _end_ids(model, processor)
+    ends = end_ids(model, processor)
     settings = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **options}
     config = GenerationConfig(
         **settings,
@@ -283,7 +283,7 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _end_ids(model: Any, processor: Any) -> list[int]:
+def end_ids(model: Any, processor: Any) -> list[int]:
     """Ids that end an answer: the model's own and the tokenizer's."""
     own = model.generation_config.eos_token_id
     ids = [own] if isinstance(own, int) else list(own or [])

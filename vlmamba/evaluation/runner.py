@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from vlmamba.common.images import find_image
+from vlmamba.common.processes import Group
 from vlmamba.errors import ConfigError, DataError, ImageError
 from vlmamba.evaluation.generation import (
     Question,
@@ -33,7 +34,6 @@ from vlmamba.evaluation.generation import (
     picture_key,
 )
 from vlmamba.evaluation.likelihood import OptionScore, encode_options, score_options
-from vlmamba.evaluation.ranks import Ranks
 from vlmamba.evaluation.records import (
     Record,
     RecordFile,
@@ -80,7 +80,7 @@ def evaluate(
     progress: bool = True,
     *,
     switches: Mapping[str, Any] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Group | None = None,
 ) -> dict[str, Any]:
     """Ask every question of a task and score the answers.
 
@@ -117,7 +117,7 @@ def evaluate(
     if switches:
         identity["switches"] = dict(switches)
     run_id = fingerprint(identity)
-    path, ranks, started = Path(output), ranks or Ranks(), time.perf_counter()
+    path, ranks, started = Path(output), ranks or Group(), time.perf_counter()
     order = [sample.key for sample in task.samples]
 
     def merge() -> Answers:
@@ -347,7 +347,7 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _progress_bar(done: int, pending: int, label: str, ranks: Ranks, *, enabled: bool) -> Any:
+def _progress_bar(done: int, pending: int, label: str, ranks: Group, *, enabled: bool) -> Any:
     """A tqdm bar with the time left; plain lines now and then where there is no terminal."""
     from tqdm.auto import tqdm
 

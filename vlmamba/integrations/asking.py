@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmamba.evaluation.cli import load_for_evaluation
-from vlmamba.evaluation.generation import (
-    Question,
-    encode_question,
-    generate_answers,
-    open_pictures,
-    sample_answers,
-)
+import torch
+from torch import Tensor
+
+from vlmamba.common.load import load_model
+from vlmamba.common.vocabulary import Message
+from vlmamba.evaluation.generation import Question, encode_question, end_ids, generate_answers, sample_answers
 from vlmamba.evaluation.likelihood import OptionScore, encode_options, score_options
 from vlmamba.evaluation.runner import BatchSize, group_by_pictures, out_of_memory_is_none
 from vlmamba.evaluation.task import ImageRef, Sample
 
-Messages = Sequence[Mapping[str, Any]]
 
-
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A conversation that waits for its next answer.
 
     Attributes:
@@ -33,8 +27,24 @@ class Request:
         images: The pictures, in their order.
     """
 
-    messages: Messages
+    messages: Sequence[Message]
     images: tuple[ImageRef, ...] = ()
+
+    @classmethod
+    def of(cls, turns: Iterable[tuple[str, Iterable[str | ImageRef]]]) -> Request:
+        """From turns of a role and its parts: text, taken literally, or a picture, which a newline follows."""
+        messages: list[Message] = []
+        images: list[ImageRef] = []
+        for role, parts in turns:
+            content: list[dict[str, str]] = []
+            for part in parts:
+                if isinstance(part, str):
+                    content.append({"type": "text", "text": part})
+                else:
+                    images.append(part)
+                    content += [{"type": "image"}, {"type": "text", "text": "\n"}]
+            messages.append({"role": role, "content": content})
+        return cls(messages, tuple(images))
 
 
 class Completion(NamedTuple):
@@ -46,40 +56,6 @@ class Completion(NamedTuple):
     """New tokens, the end-of-text token included."""
     cut: bool
     """Whether the limit on new tokens ended it."""
-
-
-@dataclass
-class Ending:
-    """How an answer that is being written ended: whether the limit on new tokens did it."""
-
-    cut: bool = False
-
-
-class AnswerStream(Iterator[str]):
-    """The pieces of an answer as it is written; closing it, or letting go of it, ends the writing."""
-
-    def __init__(self, pieces: Generator[str, None, None], ending: Ending) -> None:
-        self._pieces, self._ending = pieces, ending
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def cut(self) -> bool:
-        """At the end: whether the limit on new tokens ended it."""
-        return self._ending.cut
-
-    def close(self) -> None:
-        """End the writing."""
-        self._pieces.close()
-
-
-def user_message(text: str, images: Sequence[ImageRef]) -> Request:
-    """One question: its pictures, each followed by a newline, then the text, taken literally."""
-    content: list[dict[str, Any]] = []
-    for _ in images:
-        content += [{"type": "image"}, {"type": "text", "text": "\n"}]
-    return Request([{"role": "user", "content": [*content, {"type": "text", "text": text}]}], tuple(images))
 
 
 @dataclass
@@ -95,7 +71,6 @@ class Answerer:
     model: Any
     processor: Any
     batch_size: BatchSize
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def load(
@@ -107,7 +82,7 @@ class Answerer:
         batch_size: int | str = "auto",
     ) -> Answerer:
         """Load a run or an exported model directory."""
-        model, processor = load_for_evaluation(checkpoint, device, dtype)
+        model, processor = load_model(checkpoint, device=device, dtype=dtype)
         size = int(batch_size) if str(batch_size).isdecimal() else str(batch_size)
         return cls(model, processor, BatchSize(size, model.device.type))
 
@@ -128,9 +103,7 @@ class Answerer:
             sampling: Options of transformers' `generate` (do_sample, temperature, top_p, num_beams); greedy
                 when left out.
         """
-        questions = [
-            encode_question(self.processor, self._sample(at, r), r.messages) for at, r in enumerate(requests)
-        ]
+        questions = [self.encode(request, at) for at, request in enumerate(requests)]
 
         def answer(batch: Sequence[Question]) -> list[str]:
             if sampling:
@@ -143,100 +116,60 @@ class Answerer:
 
         return self._in_batches(questions, answer)
 
-    def complete(
-        self,
-        request: Request,
-        *,
-        max_new_tokens: int,
-        until: Sequence[str] = (),
-        sampling: Mapping[str, Any] | None = None,
-    ) -> Completion:
-        """One answer, with what it cost; arguments as in `generate`."""
-        question = encode_question(self.processor, self._sample(0, request), request.messages)
-        with self.lock:
-            if sampling:
-                (reply,) = sample_answers(
-                    self.model, self.processor, [question], max_new_tokens=max_new_tokens, **sampling
-                )
-            else:
-                (reply,) = generate_answers(
-                    self.model, self.processor, [question], max_new_tokens=max_new_tokens
-                )
-        text = _until(reply.text, until)
-        return Completion(text, len(question.input_ids), reply.tokens, reply.cut and text == reply.text)
+    def encode(self, request: Request, at: int = 0) -> Question:
+        """The ids of a request, up to where its answer begins.
 
-    def stream(
+        Raises:
+            DataError: The chat template refuses the conversation, or it has another number of pictures than places.
+        """
+        return encode_question(self.processor, Sample(at, request.images, ""), request.messages)
+
+    def write(
         self,
-        request: Request,
+        question: Question,
         *,
         max_new_tokens: int,
         until: Sequence[str] = (),
         sampling: Mapping[str, Any] | None = None,
-    ) -> AnswerStream:
-        """One answer in pieces, as it is written; arguments as in `generate`.
+        seed: int | None = None,
+        on_text: Callable[[str], object] = lambda piece: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Completion:
+        """Write one answer; further arguments as in `generate`.
+
+        Args:
+            question: Of `encode`.
+            max_new_tokens: Longest answer.
+            until: The answer ends before the first of these.
+            sampling: Options of transformers' `generate`.
+            seed: Of the sampling.
+            on_text: Called with every piece of text as it is written; together they are the answer.
+            stop: Asked after every token whether to write on.
 
         Raises:
             ImageError: A picture cannot be read (before the first piece).
         """
-        question = encode_question(self.processor, self._sample(0, request), request.messages)
-        open_pictures(self.processor, question.sample)
-        ending = Ending()
-        return AnswerStream(self._pieces(question, max_new_tokens, until, sampling or {}, ending), ending)
-
-    def _pieces(
-        self,
-        question: Question,
-        max_new_tokens: int,
-        until: Sequence[str],
-        sampling: Mapping[str, Any],
-        ending: Ending,
-    ) -> Generator[str, None, None]:
-        from transformers import TextIteratorStreamer
-
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped = threading.Event()
-        failure: list[Exception] = []
-
-        def write() -> None:
-            try:
-                (reply,) = sample_answers(
-                    self.model,
-                    self.processor,
-                    [question],
-                    max_new_tokens=max_new_tokens,
-                    streamer=streamer,
-                    stopping_criteria=[lambda ids, scores, **_: _stop_rows(ids, stopped)],
-                    **sampling,
-                )
-                ending.cut = reply.cut and not stopped.is_set()
-            except Exception as error:  # noqa: BLE001 - raised again below, in the thread that asked
-                failure.append(error)
-                streamer.end()
-
-        found = False
-        with self.lock:
-            thread = threading.Thread(target=write, daemon=True)
-            thread.start()
-            try:
-                found = yield from hold_back(_all_of(streamer, thread), until)
-            finally:
-                stopped.set()
-                thread.join()
-        if failure:
-            raise failure[0]
-        if found:  # the model may have written to its limit before it was told
-            ending.cut = False
+        writer = _Writer(self.processor.tokenizer, end_ids(self.model, self.processor), until, on_text)
+        if seed is not None:
+            torch.manual_seed(seed)
+        (reply,) = sample_answers(
+            self.model,
+            self.processor,
+            [question],
+            max_new_tokens=max_new_tokens,
+            streamer=writer,
+            stopping_criteria=[lambda ids, scores, **_: writer.stop_rows(ids, stop)],
+            **sampling or {},
+        )
+        return Completion(writer.sent, len(question.input_ids), reply.tokens, reply.cut and not writer.found)
 
     def score(self, requests: Sequence[Request], options: Sequence[Sequence[str]]) -> list[list[OptionScore]]:
         """How likely each of its options is as the answer to a request."""
         questions = [
-            encode_options(self.processor, self._sample(at, r), r.messages, choices)
+            encode_options(self.processor, Sample(at, r.images, ""), r.messages, choices)
             for at, (r, choices) in enumerate(zip(requests, options, strict=True))
         ]
         return self._in_batches(questions, lambda batch: score_options(self.model, self.processor, batch))
-
-    def _sample(self, at: int, request: Request) -> Sample:
-        return Sample(at, request.images, "")
 
     def _in_batches(
         self, questions: Sequence[Question], answer: Callable[[Sequence[Question]], list[Any]]
@@ -249,56 +182,77 @@ class Answerer:
             for sample in group
         ]
         answers: dict[Any, Any] = {}
-        with self.lock:
-            while order:
-                batch = order[: self.batch_size.now]
-                given = out_of_memory_is_none(functools.partial(answer, batch), self.model.device.type)
-                if given is None:
-                    self.batch_size.shrink(len(batch))
-                    continue
-                answers |= {q.sample.question_id: a for q, a in zip(batch, given, strict=True)}
-                order = order[len(batch) :]
+        while order:
+            batch = order[: self.batch_size.now]
+            given = out_of_memory_is_none(functools.partial(answer, batch), self.model.device.type)
+            if given is None:
+                self.batch_size.shrink(len(batch))
+                continue
+            answers |= {q.sample.question_id: a for q, a in zip(batch, given, strict=True)}
+            order = order[len(batch) :]
         return [answers[at] for at in range(len(questions))]
 
 
-def _all_of(streamer: Iterator[str], thread: threading.Thread) -> Iterator[str]:
-    """The pieces; at their end the thread has ended too, by itself."""
-    yield from streamer
-    thread.join()
+class _Writer:
+    """A streamer of transformers' `generate` that passes on what no later token can change.
 
+    Together the pieces are the text without white space at its ends, cut before the first of some strings.
 
-def _stop_rows(ids: Any, stopped: threading.Event) -> Any:
-    import torch
+    Args:
+        tokenizer: The model's.
+        ends: Ids of tokens that end an answer, and are no part of it.
+        until: The strings.
+        on_text: Called with every piece.
 
-    return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
+    Attributes:
+        sent: The text so far.
+        found: Whether one of the strings came.
+    """
+
+    def __init__(
+        self, tokenizer: Any, ends: Sequence[int], until: Sequence[str], on_text: Callable[[str], object]
+    ) -> None:
+        self.tokenizer, self.ends, self.on_text = tokenizer, ends, on_text
+        self.until = [stop for stop in until if stop]
+        self.kept = max((len(stop) for stop in self.until), default=1) - 1
+        self.ids: list[int] | None = None
+        self.sent, self.found = "", False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then one token after another."""
+        if self.ids is None:
+            self.ids = []
+        elif not self.found:
+            self.ids += [token for token in value.reshape(-1).tolist() if token not in self.ends]
+            text = self._text()
+            if (
+                not self.found
+            ):  # keep back half a character, and what may be the beginning of one of the strings
+                text = text.rstrip("\ufffd")
+                text = text[: len(text) - self.kept]
+            self._send(text.rstrip())
+
+    def end(self) -> None:
+        """Pass on the rest."""
+        self._send(self._text().rstrip())
+
+    def stop_rows(self, ids: Tensor, stop: Callable[[], bool]) -> Tensor:
+        """For transformers: whether each row (there is one) is to end."""
+        return torch.full((len(ids),), self.found or stop(), device=ids.device)
+
+    def _text(self) -> str:
+        text = self.tokenizer.decode(self.ids or [], skip_special_tokens=True).lstrip()
+        ends = [at for word in self.until if (at := text.find(word)) >= 0]
+        self.found = bool(ends)
+        return text[: min(ends)] if ends else text
+
+    def _send(self, text: str) -> None:
+        if len(text) > len(self.sent):
+            self.on_text(text[len(self.sent) :])
+            self.sent = text
 
 
 def _until(text: str, until: Sequence[str]) -> str:
     """The text before the first of some strings."""
     ends = [at for stop in until if stop and (at := text.find(stop)) >= 0]
     return text[: min(ends)].strip() if ends else text
-
-
-def hold_back(pieces: Iterator[str], until: Sequence[str]) -> Generator[str, None, bool]:
-    """Pass text on up to the first of some strings, keeping back what may be the beginning of one.
-
-    Returns:
-        Whether one of them came.
-    """
-    until = [stop for stop in until if stop]
-    longest = max((len(stop) for stop in until), default=1)
-    text, sent = "", 0
-    for piece in pieces:
-        text += piece
-        ends = [at for stop in until if (at := text.find(stop)) >= 0]
-        if ends:
-            if text[sent : min(ends)]:
-                yield text[sent : min(ends)]
-            return True
-        ready = len(text) - longest + 1
-        if ready > sent:
-            yield text[sent:ready]
-            sent = ready
-    if text[sent:]:
-        yield text[sent:]
-    return False

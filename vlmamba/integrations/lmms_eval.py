@@ -145,7 +145,7 @@ class _Plugin:
 
         Requests on the same document are options of one question and share its prompt.
         """
-        from vlmamba.integrations.asking import user_message
+        from vlmamba.integrations.asking import Request
 
         groups: dict[Any, list[tuple[int, str]]] = {}
         prompts: dict[Any, Any] = {}
@@ -155,7 +155,7 @@ class _Plugin:
             option = target if isinstance(target, str) else target(document)
             key = (task, split, doc_id, context)
             if key not in prompts:
-                prompts[key] = user_message(context, _pictures(doc_to_visual(document)))
+                prompts[key] = Request.of([("user", [*_pictures(doc_to_visual(document)), context])])
             groups.setdefault(key, []).append((at, str(option).strip()))
         scored = self.answerer.score(
             [prompts[k] for k in groups], [[o for _, o in g] for g in groups.values()]
@@ -178,10 +178,11 @@ class _Plugin:
 
 def _read_simple(self: Any, arguments: tuple[Any, ...]) -> tuple[Any, Mapping[str, Any]]:
     """Request and settings of a simple task's arguments."""
-    from vlmamba.integrations.asking import user_message
+    from vlmamba.integrations.asking import Request
 
     context, settings, doc_to_visual, doc_id, task, split = arguments
-    return user_message(context, _pictures(doc_to_visual(self.task_dict[task][split][doc_id]))), settings
+    pictures = _pictures(doc_to_visual(self.task_dict[task][split][doc_id]))
+    return Request.of([("user", [*pictures, context])]), settings
 
 
 def _read_chat(self: Any, arguments: tuple[Any, ...]) -> tuple[Any, Mapping[str, Any]]:
@@ -202,21 +203,17 @@ def read_messages(messages: Iterable[Mapping[str, Any]], where: str) -> Any:
     """
     from vlmamba.integrations.asking import Request
 
-    made, images = [], []
+    turns = []
     for message in messages:
-        content: list[dict[str, Any]] = []
+        parts = []
         for part in message["content"]:
-            if part["type"] == "image":
-                images.append(part["url"])
-                content += [{"type": "image"}, {"type": "text", "text": "\n"}]
-            elif part["type"] == "text":
-                content.append({"type": "text", "text": part["text"]})
-            else:
+            if part["type"] not in ("image", "text"):
                 raise DataError(
                     f"{where}: vlmamba reads pictures and text, this message holds {part['type']!r}"
                 )
-        made.append({"role": message["role"], "content": content})
-    return Request(made, tuple(images))
+            parts.append(part["url"] if part["type"] == "image" else part["text"])
+        turns.append((message["role"], parts))
+    return Request.of(turns)
 
 
 def _pictures(visuals: Any) -> list[Any]:

@@ -2,60 +2,147 @@
 
 ``GET /v1/models``, ``GET /health`` and ``POST /v1/chat/completions``, whole or streamed as server-sent events
 (https://platform.openai.com/docs/api-reference/chat). Pictures come as data URLs; nothing is loaded from elsewhere.
-One request is answered at a time, a few wait, more are turned away.
+
+What clients send is not trusted. A request's body is read, then checked (fields by pydantic, pictures by their headers,
+the prompt by its tokens), then waits its turn, then is answered, one at a time; each phase has its `Limits`. Only
+reading is done on the event loop. A client that goes away is forgotten at once, whatever its request was waiting for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-import json
+import hmac
+import logging
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
 
-from vlmamba.errors import ConfigError, DataError, VLMambaError, require
-from vlmamba.integrations.asking import Answerer, AnswerStream, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "tools": ([],),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-}
-"""Parameters that are not offered, and the values that ask for nothing."""
+from vlmamba.common.images import image_size
+from vlmamba.errors import ConfigError, DataError, VLMambaError
+from vlmamba.evaluation.generation import Question
+from vlmamba.evaluation.runner import out_of_memory_is_none
+from vlmamba.integrations.asking import Answerer, Completion, Request
+
+log = logging.getLogger(__name__)
+
+CHARACTERS_PER_TOKEN = 32
+"""Text longer than this for every token allowed is refused before it is tokenised."""
+
+
+def _limit(default: float, says: str) -> Any:
+    return field(default=default, metadata={"help": says})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost.
+    """What requests may cost; every field is an option of ``vlmamba serve``."""
 
-    Attributes:
-        body_bytes: Of the request as sent, pictures included.
-        images: Pictures.
-        new_tokens: Longest answer; what asks for more gets this (and ``finish_reason`` "length").
-        waiting: Requests that may wait or be answered at the same time.
-    """
+    body_bytes: int = _limit(32 * 2**20, "of a request as sent, pictures included")
+    held_bytes: int = _limit(512 * 2**20, "of all requests that are being read or wait")
+    images: int = _limit(16, "pictures of a request")
+    pixels: int = _limit(64_000_000, "of a request's pictures together, by their headers")
+    prompt_tokens: int = _limit(8192, "of a request's text and pictures together")
+    new_tokens: int = _limit(2048, "longest answer; what asks for more gets this, and finish_reason length")
+    waiting: int = _limit(32, "requests that may wait or be answered at the same time")
+    read_seconds: float = _limit(30.0, "for a client to send its request")
+    wait_seconds: float = _limit(300.0, "that a request may wait for its turn")
+    write_seconds: float = _limit(300.0, "for an answer, which then ends with finish_reason length")
 
-    body_bytes: int = 32 * 2**20
-    images: int = 16
-    new_tokens: int = 2048
-    waiting: int = 32
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class Call:
+class _Text(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class _Address(_Strict):
+    url: str
+    detail: Literal["auto"] = "auto"
+
+
+class _Picture(_Strict):
+    type: Literal["image_url"]
+    image_url: _Address
+
+
+class _Message(_Strict):
+    role: str
+    content: (
+        str | Annotated[list[Annotated[_Text | _Picture, Field(discriminator="type")]], Field(min_length=1)]
+    )
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _Format(_Strict):
+    type: Literal["text"]
+
+
+def _warm(temperature: float) -> float:
+    if 0 < temperature < 0.01:
+        raise ValueError("a temperature is 0 (the likeliest token) or at least 0.01")
+    return temperature
+
+
+Nothing = Annotated[list[Any], Field(max_length=0)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class _Body(_Strict):
+    """A request: what is offered, and of what is not, the values that ask for nothing."""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_warm)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: (
+        str
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)]
+        | None
+    ) = None
+    user: str | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    logprobs: Literal[False] | None = None
+    store: Literal[False] | None = None
+    response_format: _Format | None = None
+    tools: Nothing | None = None
+    functions: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+
+class Call(NamedTuple):
     """A checked request."""
 
-    request: Request
+    question: Question
     options: dict[str, Any]
-    stream: bool
+    stream: bool = False
+    include_usage: bool = False
 
 
 class Refusal(Exception):
@@ -65,162 +152,91 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
 
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's errors are."""
+        kind = "invalid_request_error" if self.status < 429 else "server_busy"
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.status}}
 
-def create_app(answerer: Answerer, *, name: str, limits: Limits | None = None) -> Any:
-    """A FastAPI application.
-
-    Args:
-        answerer: The checkpoint.
-        name: What clients call the model.
-        limits: Of a request.
-
-    Raises:
-        MissingDependencyError: FastAPI is not installed.
-    """
-    fastapi = require("fastapi", extra="serve", feature="vlmamba serve")
-    routing = require("starlette.routing", extra="serve", feature="vlmamba serve")
-    responses = require("starlette.responses", extra="serve", feature="vlmamba serve")
-    in_threads = require("starlette.concurrency", extra="serve", feature="vlmamba serve")
-    bounds = limits or Limits()
-    underway: set[str] = set()
-
-    def refuse(error: Refusal) -> Any:
-        kind = "invalid_request_error" if error.status < 429 else "server_busy"
-        body = {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}
-        return responses.JSONResponse(body, status_code=error.status)
-
-    async def health(request: Any) -> Any:
-        return responses.JSONResponse({"status": "ok", "waiting": len(underway)})
-
-    async def models(request: Any) -> Any:
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "vlmamba"}
-        return responses.JSONResponse({"object": "list", "data": [model]})
-
-    async def complete(request: Any) -> Any:
-        ticket = f"chatcmpl-{uuid.uuid4().hex}"
-        try:
-            if len(underway) >= bounds.waiting:
-                raise Refusal(429, f"{len(underway)} requests are waiting already; try again later")
-            underway.add(ticket)
-            call = read_call(await _body(request, bounds.body_bytes), name, bounds)
-            if call.stream:
-                answer = answerer.stream(call.request, **call.options)
-                pieces = in_threads.iterate_in_threadpool(answer)
-                events = _events(answer, pieces, ticket, name, lambda: underway.discard(ticket))
-                return responses.StreamingResponse(events, media_type="text/event-stream")
-            answer = await in_threads.run_in_threadpool(answerer.complete, call.request, **call.options)
-        except Refusal as error:
-            underway.discard(ticket)
-            return refuse(error)
-        except VLMambaError as error:
-            underway.discard(ticket)
-            return refuse(Refusal(400, str(error)))
-        except BaseException:
-            underway.discard(ticket)
-            raise
-        underway.discard(ticket)
-        return responses.JSONResponse(_completion(answer, ticket, name))
-
-    return fastapi.FastAPI(
-        title="vlmamba",
-        routes=[
-            routing.Route("/health", health),
-            routing.Route("/v1/models", models),
-            routing.Route("/v1/chat/completions", complete, methods=["POST"]),
-        ],
-    )
+    def response(self) -> Response:
+        """The whole of the answer."""
+        headers = {"Retry-After": "5"} if self.status in (429, 503) else None
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
-async def _body(request: Any, limit: int) -> bytes:
-    """The body, read no further than the limit."""
-    data = b""
-    async for piece in request.stream():
-        data += piece
-        if len(data) > limit:
-            raise Refusal(413, f"the request is larger than {limit:,} bytes")
-    return data
-
-
-def read_call(body: bytes, name: str, limits: Limits) -> Call:
-    """Check a request of the chat-completions interface.
+def read_call(body: bytes, answerer: Answerer, name: str, limits: Limits) -> Call:
+    """Check a request of the chat-completions interface, down to its prompt's tokens.
 
     Raises:
-        Refusal: It is not one, or asks for what is not offered.
-        DataError: A picture is wrong.
+        Refusal: It is not one, asks for what is not offered, or for more than the limits allow.
+        VLMambaError: A picture is wrong, or the chat template refuses the conversation.
     """
     try:
-        given = json.loads(body)
-    except ValueError as error:
-        raise Refusal(400, f"the request is not JSON: {error}") from None
-    if not isinstance(given, dict) or not isinstance(given.get("messages"), list) or not given["messages"]:
-        raise Refusal(400, "the request has no list of messages")
-    if given.get("model", name) != name:
-        raise Refusal(404, f"there is no model {given['model']!r} here; this is {name!r}")
-    for key, neutral in NEUTRAL.items():
-        if given.get(key) is not None and given[key] not in neutral:
-            raise Refusal(400, f"{key}={given[key]!r} is not offered")
-    wanted = given.get("max_completion_tokens") or given.get("max_tokens") or limits.new_tokens
-    temperature, top_p = _number(given, "temperature", 0.0), _number(given, "top_p", 1.0)
-    stop = given.get("stop") or []
-    if not isinstance(wanted, int) or wanted < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise Refusal(400, "max_tokens must be at least 1, temperature at least 0, top_p in (0, 1]")
-    if not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
-        raise Refusal(400, "stop must be a string or a list of strings")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        given = _Body.model_validate_json(body)
+    except ValidationError as error:
+        raise Refusal(400, _what_is_wrong(error)) from None
+    if given.model not in (None, name):
+        raise Refusal(404, f"there is no model {given.model!r} here; this is {name!r}")
+    turns = [(message.role, _parts(message, f"message {at}")) for at, message in enumerate(given.messages)]
+    parts = [part for _, parts in turns for part in parts]
+    letters, images = (
+        sum(len(p) for p in parts if isinstance(p, str)),
+        [p for p in parts if isinstance(p, bytes)],
+    )
+    if len(images) > limits.images:
+        raise Refusal(400, f"the request has {len(images)} pictures; at most {limits.images} are taken")
+    pixels = sum(width * height for width, height in map(image_size, images))
+    if pixels > limits.pixels:
+        raise Refusal(
+            400, f"the request's pictures have {pixels:,} pixels; at most {limits.pixels:,} are taken"
+        )
+    too_long = f"; at most {limits.prompt_tokens:,} tokens are taken, pictures included"
+    if letters > limits.prompt_tokens * CHARACTERS_PER_TOKEN:
+        raise Refusal(400, f"the prompt has {letters:,} characters{too_long}")
+    question = answerer.encode(Request.of(turns))
+    if len(question.input_ids) > limits.prompt_tokens:
+        raise Refusal(400, f"the prompt has {len(question.input_ids):,} tokens{too_long}")
+    sampling = {"do_sample": True, "temperature": given.temperature, "top_p": given.top_p or 1.0, "top_k": 0}
     options = {
-        "max_new_tokens": min(wanted, limits.new_tokens),
-        "until": [stop] if isinstance(stop, str) else stop,
-        "sampling": sampling if temperature > 0 else None,
+        "max_new_tokens": min(
+            given.max_completion_tokens or given.max_tokens or limits.new_tokens, limits.new_tokens
+        ),
+        "until": [given.stop] if isinstance(given.stop, str) else given.stop or [],
+        "sampling": sampling if given.temperature else None,
+        "seed": given.seed,
     }
-    return Call(_request(given["messages"], limits), options, bool(given.get("stream")))
+    usage = given.stream_options is not None and given.stream_options.include_usage
+    return Call(question, options, bool(given.stream), usage)
 
 
-def _number(given: Mapping[str, Any], key: str, default: float) -> float:
-    value = given.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Refusal(400, f"{key} must be a number, got {value!r}")
-    return float(value)
+def _what_is_wrong(error: ValidationError) -> str:
+    found = []
+    for one in error.errors(include_url=False)[:3]:
+        where = ".".join(map(str, one["loc"]))
+        got = f", got {one['input']!r:.60}" if where and one["type"] != "missing" else ""
+        found.append(f"{where or 'the request'}: {one['msg']}{got}")
+    return "; ".join(found)
 
 
-def _request(messages: list[Any], limits: Limits) -> Request:
-    made: list[dict[str, Any]] = []
-    images: list[bytes] = []
-    for at, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refusal(400, f"message {at} has no role")
-        content = message.get("content") or ""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        texts: list[dict[str, Any]] = []
-        for given in parts if isinstance(parts, list) else [None]:
-            part = given if isinstance(given, dict) else {}
-            kind = part.get("type")
-            if kind == "text" and isinstance(part.get("text"), str):
-                texts.append({"type": "text", "text": part["text"]})
-            elif kind == "image_url":
-                if len(images) == limits.images:
-                    raise Refusal(400, f"more than {limits.images} pictures in one request")
-                images.append(read_data_url(part.get("image_url"), f"message {at}"))
-                texts += [{"type": "image"}, {"type": "text", "text": "\n"}]
-            else:
-                raise Refusal(400, f"message {at}: a part must be text or image_url, got {kind!r}")
-        made.append({"role": message["role"], "content": texts})
-    return Request(made, tuple(images))
+def _parts(message: _Message, where: str) -> list[str | bytes]:
+    """Texts, and the bytes of pictures."""
+    if isinstance(message.content, str):
+        return [message.content]
+    return [
+        p.text if isinstance(p, _Text) else read_data_url(p.image_url.url, where) for p in message.content
+    ]
 
 
-def read_data_url(image: Any, where: str) -> bytes:
-    """The bytes of a picture in ``{"url": "data:image/png;base64,..."}``.
+def read_data_url(url: str, where: str) -> bytes:
+    """The bytes of a picture in ``data:image/png;base64,...``.
 
     Raises:
         DataError: It is no data URL, or its base64 is broken.
     """
-    url = image.get("url") if isinstance(image, dict) else image
-    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+    head, comma, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64") or not comma:
         raise DataError(
             f"{where}: a picture must be a data URL (data:image/png;base64,...); this server loads nothing from "
-            f"elsewhere, got {str(url)[:60]!r}"
+            f"elsewhere, got {url[:60]!r}"
         )
     try:
         return base64.b64decode(data, validate=True)
@@ -228,60 +244,252 @@ def read_data_url(image: Any, where: str) -> bytes:
         raise DataError(f"{where}: the base64 of a picture is broken: {error}") from error
 
 
-def _completion(answer: Any, ticket: str, name: str) -> dict[str, Any]:
+class _Job:
+    """A request between its check and its answer.
+
+    Attributes:
+        items: Pieces of text, at last the completion or what went wrong.
+        stopped: Whether the client has gone.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.items: asyncio.Queue[str | Completion | BaseException] = asyncio.Queue()
+        self.stopped = threading.Event()
+        self.has_turn = False
+
+
+class Server:
+    """What the routes do.
+
+    Args:
+        answerer: The checkpoint.
+        name: What clients call the model.
+        limits: Of a request.
+        key: What clients must show (``Authorization: Bearer KEY``); nothing when left out.
+    """
+
+    def __init__(self, answerer: Answerer, name: str, limits: Limits, key: str | None) -> None:
+        self.answerer, self.name, self.limits, self.key = answerer, name, limits, key
+        self.held: dict[str, int] = {}  # bytes of the requests that are being read or wait
+        self.underway = 0
+        self.turn, self.checks = asyncio.Semaphore(1), asyncio.Semaphore(2)  # both serve in order of arrival
+
+    async def health(self, request: HTTPRequest) -> Response:
+        """Whether the server lives, and how many requests wait or are answered."""
+        return JSONResponse({"status": "ok", "waiting": self.underway})
+
+    async def models(self, request: HTTPRequest) -> Response:
+        """The one model."""
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "vlmamba"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def complete(self, request: HTTPRequest) -> Response:
+        """Answer a request."""
+        ticket = f"chatcmpl-{uuid.uuid4().hex}"
+        try:
+            self._check_key(request)
+            body = await self._body(request, ticket)
+            if self.underway >= self.limits.waiting:
+                raise Refusal(429, f"{self.underway} requests are waiting already; try again later")
+            self.underway += 1
+            try:
+                async with self.checks:
+                    call = await asyncio.to_thread(read_call, body, self.answerer, self.name, self.limits)
+                del body
+                job = self._start(_Job(call), request, ticket)
+            except BaseException:
+                self.underway -= 1
+                raise
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except VLMambaError as error:
+            return Refusal(400, str(error)).response()
+        except Refusal as error:
+            return error.response()
+        finally:
+            self.held.pop(ticket, None)
+        head = {"id": ticket, "created": int(time.time()), "model": self.name}
+        item = await job.items.get()
+        if call.stream and not isinstance(item, BaseException):
+            return StreamingResponse(_events(job, item, head), media_type="text/event-stream")
+        while isinstance(item, str):
+            item = await job.items.get()
+        if isinstance(item, BaseException):
+            return _refusal(item).response()
+        return JSONResponse(_completion(item, head))
+
+    def _check_key(self, request: HTTPRequest) -> None:
+        given = request.headers.get("authorization", "").encode("utf-8", "replace")
+        if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+            raise Refusal(401, "the API key is missing or wrong (Authorization: Bearer KEY)")
+
+    async def _body(self, request: HTTPRequest, ticket: str) -> bytes:
+        """The body, within its limits of size and time."""
+        limits, data, read = self.limits, bytearray(), 0
+        try:
+            async with asyncio.timeout(limits.read_seconds):
+                async for piece in request.stream():
+                    read += len(piece)
+                    if read <= limits.body_bytes:
+                        data += piece
+                    elif (
+                        read > 2 * limits.body_bytes
+                    ):  # up to there a client is let finish, to hear why it is refused
+                        break
+                    self.held[ticket] = len(data)
+                    if sum(self.held.values()) > limits.held_bytes:
+                        raise Refusal(503, "the requests at hand fill the server's memory; try again later")
+        except TimeoutError:
+            raise Refusal(408, f"the request was not sent within {limits.read_seconds:g} seconds") from None
+        if read > limits.body_bytes:
+            raise Refusal(413, f"the request is larger than {limits.body_bytes:,} bytes")
+        return bytes(data)
+
+    def _start(self, job: _Job, request: HTTPRequest, ticket: str) -> _Job:
+        """Set a request waiting for its turn, and somebody watching whether its client is there."""
+        answering = asyncio.create_task(self._answer(job), name=ticket)
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            job.stopped.set()
+            if not job.has_turn:  # else the thread that writes ends by itself
+                answering.cancel()
+
+        watching = asyncio.create_task(watch())
+
+        def ended(task: asyncio.Task[Completion]) -> None:
+            self.underway -= 1
+            watching.cancel()
+            gone = Refusal(499, "the client has gone") if task.cancelled() else task.exception()
+            job.items.put_nowait(gone or task.result())
+
+        answering.add_done_callback(ended)
+        return job
+
+    async def _answer(self, job: _Job) -> Completion:
+        """Wait for the turn; then write in a thread, which alone uses the model."""
+        limits = self.limits
+        try:
+            async with asyncio.timeout(limits.wait_seconds):
+                await self.turn.acquire()
+        except TimeoutError:
+            raise Refusal(
+                503, f"no turn came within {limits.wait_seconds:g} seconds; try again later"
+            ) from None
+        job.has_turn = True
+        loop, until = asyncio.get_running_loop(), time.monotonic() + limits.write_seconds
+
+        def write() -> Completion | None:
+            return out_of_memory_is_none(
+                lambda: self.answerer.write(
+                    job.call.question,
+                    **job.call.options,
+                    on_text=lambda piece: loop.call_soon_threadsafe(job.items.put_nowait, piece),
+                    stop=lambda: job.stopped.is_set() or time.monotonic() > until,
+                ),
+                self.answerer.model.device.type,
+            )
+
+        try:
+            answer = await asyncio.to_thread(write)
+        finally:
+            self.turn.release()
+        if answer is None:
+            raise Refusal(503, "this request does not fit into the memory of the server")
+        return answer
+
+
+def _refusal(error: BaseException) -> Refusal:
+    """What a client is told of an error behind the check."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, VLMambaError):
+        return Refusal(400, str(error))
+    log.error("a request failed", exc_info=error)
+    return Refusal(500, "the server failed on this request; its log says why")
+
+
+def _usage(answer: Completion) -> dict[str, int]:
     return {
-        "id": ticket,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": name,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answer.text},
-                "finish_reason": "length" if answer.cut else "stop",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.tokens,
-            "total_tokens": answer.prompt_tokens + answer.tokens,
-        },
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.tokens,
+        "total_tokens": answer.prompt_tokens + answer.tokens,
     }
 
 
-async def _events(
-    answer: AnswerStream, pieces: AsyncIterator[str], ticket: str, name: str, done: Any
-) -> AsyncIterator[str]:
-    """Server-sent events of a streamed answer; an error in it becomes the last event."""
-    head = {"id": ticket, "object": "chat.completion.chunk", "created": int(time.time()), "model": name}
-
-    def event(delta: dict[str, Any], finish: str | None = None) -> str:
-        return f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}]})}\n\n"
-
-    try:
-        yield event({"role": "assistant", "content": ""})
-        try:
-            async for piece in pieces:
-                yield event({"content": piece})
-            yield event({}, "length" if answer.cut else "stop")
-        except VLMambaError as error:
-            yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'invalid_request_error'}})}\n\n"
-        yield "data: [DONE]\n\n"
-    finally:  # also when the client has gone
-        answer.close()
-        done()
+def _completion(answer: Completion, head: dict[str, Any]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer.text}
+    choice = {"index": 0, "message": message, "finish_reason": "length" if answer.cut else "stop"}
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
 
 
-def serve(answerer: Answerer, *, name: str, host: str, port: int, limits: Limits | None = None) -> None:
+async def _events(job: _Job, item: Any, head: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Server-sent events of a streamed answer; an error in it becomes the last but one."""
+
+    def event(**more: Any) -> bytes:
+        return b"data: " + JSONResponse(more).body + b"\n\n"
+
+    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
+        usage = {"usage": None} if job.call.include_usage else {}
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return event(**head, object="chat.completion.chunk", choices=[choice], **usage)
+
+    yield chunk({"role": "assistant", "content": ""})
+    while isinstance(item, str):
+        yield chunk({"content": item})
+        item = await job.items.get()
+    if isinstance(item, Completion):
+        yield chunk({}, "length" if item.cut else "stop")
+        if job.call.include_usage:
+            yield event(**head, object="chat.completion.chunk", choices=[], usage=_usage(item))
+    else:
+        yield event(**_refusal(item).body())
+    yield b"data: [DONE]\n\n"
+
+
+def create_app(
+    answerer: Answerer, *, name: str, limits: Limits | None = None, key: str | None = None
+) -> Starlette:
+    """An ASGI application; arguments as of `Server`."""
+    server = Server(answerer, name, limits or Limits(), key)
+    return Starlette(
+        routes=[
+            Route("/health", server.health),
+            Route("/v1/models", server.models),
+            Route("/v1/chat/completions", server.complete, methods=["POST"]),
+        ]
+    )
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which also lets go of clients that do not send the head of a request."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(self.timeout_keep_alive, lambda: self.cycle is None and self.transport.close())
+
+
+def serve(
+    answerer: Answerer,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    limits: Limits | None = None,
+    key: str | None = None,
+) -> None:
     """Serve until interrupted.
 
     Raises:
         ConfigError: The port is taken.
-        MissingDependencyError: FastAPI or uvicorn is not installed.
     """
-    app = create_app(answerer, name=name, limits=limits)
-    uvicorn = require("uvicorn", extra="serve", feature="vlmamba serve")
+    import uvicorn
+
+    app = create_app(answerer, name=name, limits=limits, key=key)
+    closing = [("Connection", "close")]  # a connection for each request: none is held for nothing
     try:
-        uvicorn.run(app, host=host, port=port, log_level="info")
+        uvicorn.run(app, host=host, port=port, http=_Protocol, headers=closing, timeout_graceful_shutdown=5)
     except SystemExit as error:  # uvicorn ends so when it cannot bind
         raise ConfigError(f"cannot serve on {host}:{port}: see above; choose another --port") from error

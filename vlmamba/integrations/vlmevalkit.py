@@ -106,17 +106,11 @@ def read_message(message: Sequence[Mapping[str, str]]) -> Any:
     """
     from vlmamba.integrations.asking import Request
 
-    content: list[dict[str, str]] = []
-    images: list[Path] = []
     for part in message:
-        if part["type"] == "image":
-            images.append(Path(part["value"]))
-            content += [{"type": "image"}, {"type": "text", "text": "\n"}]
-        elif part["type"] == "text":
-            content.append({"type": "text", "text": part["value"]})
-        else:
+        if part["type"] not in ("image", "text"):
             raise DataError(f"vlmamba reads pictures and text, this message holds {part['type']!r}")
-    return Request([{"role": "user", "content": content}], tuple(images))
+    parts = [Path(part["value"]) if part["type"] == "image" else part["value"] for part in message]
+    return Request.of([("user", parts)])
 
 
 def _kind(dataset: str | None) -> str:

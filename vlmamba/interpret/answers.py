@@ -5,17 +5,14 @@ Shapes: n images, V patches, F vision width, T visual tokens, D text width, L le
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmamba.errors import CheckpointError, DataError
-from vlmamba.models.builder import export_directory, load_model
+from vlmamba.errors import DataError
 from vlmamba.models.language import language_logits, run_language_model
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor
@@ -48,22 +45,6 @@ class Answer:
     def token_id(self, token: int) -> int:
         """Id of answer token `token`."""
         return int(self.input_ids[0, self.first + token])
-
-
-def load_inspectable(path: str | Path) -> tuple[VLMambaForConditionalGeneration, VLMambaProcessor]:
-    """A model to look into, in float32.
-
-    Raises:
-        CheckpointError: It is a language model alone.
-    """
-    directory = export_directory(path)
-    kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != VLMambaForConditionalGeneration.config_class.model_type:
-        raise CheckpointError(
-            f"{directory} is a text-only model (model_type {kind!r}): it sees no image that could be explained. "
-            "Give a run or an export of a vision-language model"
-        )
-    return load_model(directory, torch.float32)
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 
+from vlmamba.common.digests import check_folder
 from vlmamba.config import Config
-from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
-from vlmamba.models.chat import load_template, template_names
+from vlmamba.errors import CheckpointError, MissingFileError
+from vlmamba.models.chat import load_template
 from vlmamba.models.configuration import VLMambaConfig
 from vlmamba.models.connectors import CONNECTORS, Connector, build_connector
 from vlmamba.models.connectors.base import check_options
@@ -29,11 +30,11 @@ from vlmamba.models.language import (
 )
 from vlmamba.models.language.causality import check_causal
 from vlmamba.models.language.loading import resolve_directory
+from vlmamba.models.language.weights import load_state_dict_file
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor, check_tokenizer
 from vlmamba.models.vision import build_vision_encoder, encoders, load_vision_encoder
 from vlmamba.models.vision.presets import preset_config
-from vlmamba.registry import close_matches
 
 log = logging.getLogger(__name__)
 
@@ -113,17 +114,14 @@ class ModelConfig(Config):
     connector: ConnectorConfig = ConnectorConfig()
     """The connector."""
     chat: str = "vicuna_v1"
-    """Chat template: vicuna_v1, plain, mamba or zephyr."""
+    """Chat template: cobra, mamba, plain, vicuna_v1, zephyr, or a file of your own, my/template.jinja."""
     image: ImageConfig = ImageConfig()
     """Image settings."""
 
     def __post_init__(self) -> None:
-        """Check the template's name."""
-        names = template_names()
-        if self.chat not in names:
-            raise ConfigError(
-                f"unknown chat template {self.chat!r}.{close_matches(self.chat, names)} Known: {', '.join(names)}."
-            )
+        """Check the template's name; a file of the user's is read when it is wanted."""
+        if not self.chat.endswith(".jinja"):
+            load_template(self.chat)
 
 
 def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, VLMambaProcessor]:
@@ -203,49 +201,6 @@ def build_meta_model(config: ModelConfig) -> VLMambaForConditionalGeneration:
         )
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype | None = None
-) -> tuple[VLMambaForConditionalGeneration, VLMambaProcessor]:
-    """Load an exported model and its processor from a directory, or from a run that holds one.
-
-    Raises:
-        MissingFileError: There is no export at `path`.
-        CheckpointError: Its weights do not fit its config.
-    """
-    directory = export_directory(path)
-    model, info = VLMambaForConditionalGeneration.from_pretrained(
-        directory, dtype=dtype or torch.float32, output_loading_info=True
-    )
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise CheckpointError(
-            f"the weights in {directory} do not fit its config.json: missing {sorted(info['missing_keys'])[:5]}, "
-            f"unexpected {sorted(info['unexpected_keys'])[:5]}, other shapes {sorted(info['mismatched_keys'])[:5]}"
-        )
-    check_causal(model.language_model)
-    return model.eval(), VLMambaProcessor.from_pretrained(directory)
-
-
-def export_directory(path: str | Path) -> Path:
-    """The directory of a plain transformers export: `path` itself, or ``export/`` in a run.
-
-    Raises:
-        MissingFileError: Neither holds a config.json.
-    """
-    given = Path(path)
-    for candidate in (given, given / "export"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    state = (
-        "there is no such directory"
-        if not given.is_dir()
-        else "it holds neither config.json nor export/config.json"
-    )
-    raise MissingFileError(
-        f"no exported model at {given}: {state}. Give a run directory (runs/NAME) whose training has finished, or an "
-        "exported model directory."
-    )
-
-
 def _model_config(
     vision_config: Mapping[str, Any], connector: Connector, text_config: Any, image_token_id: int
 ) -> VLMambaConfig:
@@ -297,11 +252,10 @@ def _meta_text_config(config: LanguageConfig) -> Any:
 
 def _part_weights(part: str, path: str) -> dict[str, torch.Tensor]:
     """Weights a connector's part starts from: a saved connector, or a language model's."""
-    from safetensors.torch import load_file
-
     for candidate in (Path(path), Path(path) / CONNECTOR_FILE, Path(path) / "export" / CONNECTOR_FILE):
         if candidate.is_file():
-            return load_file(candidate)
+            check_folder(candidate.parent, [candidate.name])
+            return load_state_dict_file(candidate)
     if part == "layers":
         return dict(load_language_model(path, torch.float32).state_dict())
     raise MissingFileError(

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -24,7 +25,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlmamba.common.vocabulary import IMAGE_TOKEN, Message
-from vlmamba.errors import ConfigError, DataError
+from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.registry import close_matches
 
 # Unicode noncharacters, set aside for internal use by the Unicode standard (section 23.7); text may not contain them.
@@ -81,17 +82,36 @@ def template_names() -> list[str]:
 
 
 def load_template(name: str) -> str:
-    """The Jinja text of a template that comes with vlmamba.
+    """The Jinja text of a template that comes with vlmamba, or of a file ``my/template.jinja``.
 
     Raises:
-        ConfigError: There is none of that name; the message lists the names.
+        ConfigError: There is none of that name (the message lists the names), or it is not Jinja.
+        MissingFileError: There is no such file.
     """
-    names = template_names()
-    if name not in names:
+    if not name.endswith(".jinja"):
+        names = template_names()
+        if name not in names:
+            raise ConfigError(
+                f"unknown chat template {name!r}.{close_matches(name, names)} Known: {', '.join(names)}. A file of "
+                "your own is named with its path, my/template.jinja."
+            )
+        return (resources.files("vlmamba.models") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    file = Path(name)
+    if not file.is_file():
+        raise MissingFileError(f"there is no chat template {file} (looked in {Path.cwd()}).")
+    try:
+        text = file.read_text(encoding="utf-8")
+        _environment().parse(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: a chat template is text in UTF-8: {error}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"{file}:{error.lineno}: not a Jinja template: {error.message}") from error
+    if not marks_answers(text):
         raise ConfigError(
-            f"unknown chat template {name!r}.{close_matches(name, names)} Known: {', '.join(names)}."
+            f"{file}: the chat template marks no answer, so nothing would be learnt: put what the model is to say "
+            "between {% generation %} and {% endgeneration %}."
         )
-    return (resources.files("vlmamba.models") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return text
 
 
 def marks_answers(template: str) -> bool:

@@ -39,6 +39,7 @@ from vlmamba.models.offload import check_disk
 from vlmamba.models.positions import samples_of_rows
 from vlmamba.models.vision import build_vision_encoder
 from vlmamba.models.vision.base import VisionEncoder
+from vlmamba.ssm.checks import check_integers
 from vlmamba.ssm.mixer import FP32_PARAMETERS
 
 
@@ -184,6 +185,7 @@ class VLMambaPreTrainedModel(PreTrainedModel):
         _refuse_unknown(others)
         if inputs_embeds is None:
             assert input_ids is not None
+            check_integers("the model", "input_ids", input_ids, limit=self.config.text_config.vocab_size)
             # A decoding step has no image; looking for placeholders would make the host wait for the GPU.
             past = 0 if cache is None else cache.get_seq_length()
             plain = pixel_values is None and past > 0 and input_ids.shape[1] == 1 and not self.training

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vlmamba.errors import ShapeError
 
@@ -68,7 +69,7 @@ def check_device(op: str, main: Tensor, others: Mapping[str, Tensor | None]) -> 
 def check_integers(op: str, label: str, tensor: Tensor | None, limit: int | None = None) -> None:
     """Raise unless the tensor holds integers, and, for tensors on the CPU, all of them in [0, limit).
 
-    Values are not looked at while a graph is being compiled; the compiled operation does.
+    Values are not looked at while a graph is being compiled (the compiled operation does), nor where there are none.
 
     Raises:
         ShapeError: The dtype is not an integer one, or a value is out of range.
@@ -79,10 +80,12 @@ def check_integers(op: str, label: str, tensor: Tensor | None, limit: int | None
         raise ShapeError(f"{op}: {label} has dtype {tensor.dtype}, but an integer dtype is needed.")
     if limit is None or tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
         return
+    if isinstance(tensor, FakeTensor):
+        return
     low, high = (int(value) for value in torch.aminmax(tensor))
     if low < 0 or high >= limit:
         raise ShapeError(
-            f"{op}: {label} has values from {low} to {high}, but positions from 0 to {limit - 1} exist."
+            f"{op}: {label} has values from {low} to {high}, but only those from 0 to {limit - 1} exist."
         )
 
 

@@ -140,6 +140,8 @@ class MambaMixer(nn.Module):
         `dt_proj`'s weight keeps the variance (`mamba_simple.py` of state-spaces/mamba). The other projections
         start as torch's Linear and Conv1d.
         """
+        if self.A_log.is_meta:
+            return
         for module in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
             module.reset_parameters()
         bound = self.time_step_rank**-0.5 * self.time_step_scale

@@ -8,7 +8,8 @@ Shape legend: B batch, L length, D channels, N state size, G groups, S asked sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,21 +74,11 @@ def selective_scan(
         ShapeError: Shapes, dtypes or devices do not fit.
         BackendError: The backend asked for is unknown or cannot serve the call.
     """
-    call = _checked_call(
-        u,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        dt_softplus,
-        seq_idx,
-        initial_state,
-        reverse,
-        state_at,
-        return_last_state,
+    call = _checked_scan(
+        ScanCall(
+            *(u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state),
+            *(reverse, state_at, return_last_state),  # type: ignore[arg-type]
+        )
     )
     run = compiled.scan if torch.compiler.is_compiling() else run_scan
     y, states = run(call, backend)
@@ -134,91 +125,64 @@ def selective_state_update(
     """
     name = "selective_state_update"
     check_shape(name, "u", u, (None, None), "(B, D)")
-    batch, channels = u.shape
-    check_shape(name, "A", A, (channels, None), "(D, N)")
-    size = A.shape[1]
-    check_shape(name, "state", state, (batch, channels, size), "(B, D, N)")
-    for label, tensor in (("dt", dt), ("z", z)):
-        check_shape(name, label, tensor, (batch, channels), "(B, D) like u")
-    for label, tensor in (("D", D), ("dt_bias", dt_bias)):
-        check_shape(name, label, tensor, (channels,), "(D)")
-    B = grouped(name, "B", B, (batch,), channels, size)
-    C = grouped(name, "C", C, (batch,), channels, size)
-    if B.shape != C.shape:
-        raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
-    for label, tensor in (("dt", dt), ("z", z), ("B", B), ("C", C)):
-        check_dtype(name, label, tensor, u.dtype, "like u")
-    tensors = {"state": state, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    check_device(name, u, tensors)
-    check_floating(name, {"u": u} | tensors)
+    check_shape(name, "A", A, (u.shape[-1], None), "(D, N)")
+    check_shape(name, "state", state, (*u.shape, A.shape[1]), "(B, D, N)")
     call = StepCall(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    B, C = _checked_inputs(name, call, {"state": state})
+    call = replace(call, B=B, C=C)
     run = compiled.step if torch.compiler.is_compiling() else run_step
     return run(call, backend)
 
 
-def _checked_call(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool | Sequence[bool],
-    state_at: Tensor | None,
-    last_state: bool,
-) -> ScanCall:
-    name = "selective_scan"
-    check_shape(name, "u", u, (None, None, None), "(B, L, D)")
-    batch, length, channels = u.shape
-    check_shape(name, "A", A, (channels, None), "(D, N)")
-    size = A.shape[1]
-    for label, tensor in (("dt", dt), ("z", z)):
-        check_shape(name, label, tensor, (batch, length, channels), "(B, L, D) like u")
-        check_dtype(name, label, tensor, u.dtype, "like u")
-    for label, tensor in (("D", D), ("dt_bias", dt_bias)):
-        check_shape(name, label, tensor, (channels,), "(D)")
-    B = grouped(name, "B", B, (batch, length), channels, size)
-    C = grouped(name, "C", C, (batch, length), channels, size)
-    if B.shape != C.shape:
-        raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
-    for label, tensor in (("B", B), ("C", C)):
-        check_dtype(name, label, tensor, u.dtype, "like u")
-    check_shape(name, "seq_idx", seq_idx, (batch, length), "(B, L)")
-    check_integers(name, "seq_idx", seq_idx)
-    check_shape(name, "initial_state", initial_state, (batch, channels, size), "(B, D, N)")
-    check_shape(name, "state_at", state_at, (batch, None), "(B, S)")
-    check_integers(name, "state_at", state_at, limit=length)
-    tensors = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    tensors |= {"initial_state": initial_state}
-    check_device(name, u, tensors | {"seq_idx": seq_idx, "state_at": state_at})
-    check_floating(name, {"u": u} | tensors)
+def _checked_scan(call: ScanCall) -> ScanCall:
+    """The call in the one form that backends read, from the arguments as they were given."""
+    name, reverse = "selective_scan", call.reverse
+    check_shape(name, "u", call.u, (None, None, None), "(B, L, D)")
+    batch, length, channels = call.u.shape
+    check_shape(name, "A", call.A, (channels, None), "(D, N)")
+    check_shape(name, "seq_idx", call.seq_idx, (batch, length), "(B, L)")
+    check_integers(name, "seq_idx", call.seq_idx)
+    check_shape(name, "initial_state", call.initial_state, (batch, channels, call.A.shape[1]), "(B, D, N)")
+    check_shape(name, "state_at", call.state_at, (batch, None), "(B, S)")
+    check_integers(name, "state_at", call.state_at, limit=length)
+    check_device(name, call.u, {"seq_idx": call.seq_idx, "state_at": call.state_at})
+    B, C = _checked_inputs(name, call, {"initial_state": call.initial_state})
     groups = B.shape[2]
     if not isinstance(reverse, bool | Sequence):
         raise ShapeError(f"{name}: reverse is {reverse!r}, but a bool, or one for each group, is needed.")
     directions = (reverse,) * groups if isinstance(reverse, bool) else tuple(bool(flag) for flag in reverse)
     if len(directions) != groups:
         raise ShapeError(
-            f"{name}: reverse has {len(directions)} entries for {groups} groups of B and C; give one for "
-            "each group, or a single bool."
+            f"{name}: reverse has {len(directions)} entries for {groups} groups of B and C; give one for each group, "
+            "or a single bool."
         )
-    return ScanCall(
-        u=u,
-        dt=dt,
-        A=A,
+    state = call.initial_state
+    return replace(
+        call,
         B=B,
         C=C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        seq_idx=seq_idx,
-        initial_state=None if initial_state is None else initial_state.to(compute_dtype(u.dtype)),
+        initial_state=None if state is None else state.to(compute_dtype(call.u.dtype)),
         reverse=directions,
-        state_at=None if state_at is None else state_at.long(),
-        last_state=last_state and state_at is None,
+        state_at=None if call.state_at is None else call.state_at.long(),
+        last_state=call.last_state and call.state_at is None,
     )
+
+
+def _checked_inputs(
+    name: str, call: ScanCall | StepCall, states: Mapping[str, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Check what a scan and a step have in common; B and C with their group axis."""
+    u, lead, (channels, size) = call.u, tuple(call.u.shape[:-1]), call.A.shape
+    for label, tensor in (("dt", call.dt), ("z", call.z)):
+        check_shape(name, label, tensor, tuple(u.shape), f"({'B, L' if len(lead) == 2 else 'B'}, D) like u")
+    for label, tensor in (("D", call.D), ("dt_bias", call.dt_bias)):
+        check_shape(name, label, tensor, (channels,), "(D)")
+    B, C = (grouped(name, label, x, lead, channels, size) for label, x in (("B", call.B), ("C", call.C)))
+    if B.shape != C.shape:
+        raise ShapeError(f"{name}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; they must be equal.")
+    for label, tensor in (("dt", call.dt), ("z", call.z), ("B", B), ("C", C)):
+        check_dtype(name, label, tensor, u.dtype, "like u")
+    tensors = {"dt": call.dt, "A": call.A, "B": B, "C": C, "D": call.D, "z": call.z, "dt_bias": call.dt_bias}
+    check_device(name, u, {**tensors, **states})
+    check_floating(name, {"u": u, **tensors, **states})
+    return B, C

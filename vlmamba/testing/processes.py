@@ -7,7 +7,6 @@ import faulthandler
 import importlib.util
 import multiprocessing
 import os
-import socket
 import sys
 import threading
 import time
@@ -16,6 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vlmamba.common.processes import Launch
+from vlmamba.common.processes.spawn import free_port
 
 PRELOADED = ["torch", "vlmamba.training.run", "vlmamba.testing"]
 
@@ -33,13 +35,6 @@ class Ended:
     exitcode: int | None
     value: Any
     output: str
-
-
-def free_port() -> int:
-    """A port of this host that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def run_ranks(
@@ -61,15 +56,8 @@ def run_ranks(
         environment: Further variables.
         seconds: After which what still runs writes down its stacks and is ended.
     """
-    processes = start_ranks(
-        program,
-        function,
-        *arguments,
-        world_size=world_size,
-        folder=folder,
-        environment=environment,
-        seconds=seconds,
-    )
+    how: dict[str, Any] = {"folder": folder, "environment": environment, "seconds": seconds}
+    processes = start_ranks(program, function, *arguments, world_size=world_size, **how)
     return wait_for(processes, folder, seconds=seconds)
 
 
@@ -89,16 +77,8 @@ def start_ranks(
     port = free_port()
     processes = []
     for rank in range(world_size):
-        variables = dict(environment or {})
-        if world_size > 1:
-            variables |= {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            variables.setdefault("LOCAL_WORLD_SIZE", str(world_size))
+        place = Launch(rank, world_size, rank, world_size, master_port=port)
+        variables = {**(place.variables() if world_size > 1 else {}), **(environment or {})}
         process = context.Process(
             target=_rank, args=(program, function, arguments, variables, folder / str(rank), seconds)
         )
@@ -120,7 +100,7 @@ def wait_for(processes: Sequence[Any], folder: Path, *, seconds: float = 120.0) 
             process.kill()
             process.join()
         result = folder / f"{rank}.result"
-        value = torch.load(result, weights_only=False) if result.is_file() else None
+        value = torch.load(result, weights_only=True) if result.is_file() else None
         output = folder / f"{rank}.output"
         ends.append(
             Ended(

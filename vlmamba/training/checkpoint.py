@@ -2,29 +2,27 @@
 
     checkpoints/step-000123/model.safetensors   tensors that train (by requires_grad, never by name)
                             optimizer.pt        its state by parameter name
-                            state.json          step, position in the data, counters, fingerprint of the
-                                                frozen parts
-                            rng.pt              states of the random generators
-                            rng_ranks.pt        those of every process, where there were several
+                            rng.pt              states of the random generators of every process
+                            state.json          step, position in the data, counters, settings, fingerprint of the
+                                                frozen parts, a SHA-256 of every other file and one of itself
     checkpoints/latest                          name of the newest complete one
 
 In the layout "shards" (`vlmamba.training.sharded`) a folder ``shards/``, to which every process writes its own
 part, stands in place of the first two. Any strategy on any number of processes goes on from either.
 
-A checkpoint is written under a hidden name and renamed when all of it is on the disk, so whatever has the
-name of a checkpoint is complete.
+A checkpoint is written under a hidden name and renamed when all of it is on the disk, so whatever has the name of a
+checkpoint is complete. Nothing in one can run code when it is read, and every file is compared with its digest before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +30,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from vlmamba.common.digests import digests_of, fault, seal
+from vlmamba.common.files import read_json, replace_json, replace_text
+from vlmamba.common.processes import Group
 from vlmamba.config import Config, diff_configs
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
-from vlmamba.models.language.weights import load_state_dict_file, load_weights_only
-from vlmamba.training.optim import load_named_state, named_state
-from vlmamba.training.run_dir import whole_directory, write_errors, write_text
-from vlmamba.training.sharded import check_names, is_sharded, place, read_shards
+from vlmamba.models.language.weights import load_state_dict_file, load_weights_only, save_tensors
+from vlmamba.training.sharded import Moments, check_names, cut_like, is_sharded, read_shards
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+STATE, WEIGHTS, OPTIMIZER, RNG = "state.json", "model.safetensors", "optimizer.pt", "rng.pt"
+OLD_RNG = "rng_ranks.pt"
+"""Where the generators of several processes were before they were all in `RNG`."""
+SEAL = "sha256"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 
 # What may differ between a run and its continuation: nothing that changes the result beyond rounding.
@@ -83,6 +86,8 @@ class RunState:
         nonfinite: Steps whose loss or gradient was not finite, and which were not taken.
         frozen: Fingerprint of the frozen parameters.
         data: Where the data loader stands (`vlmamba.data.Loader.state_dict`).
+        config: The settings of the run, as plain values.
+        files: A digest of every other file of the checkpoint, by name.
     """
 
     step: int = 0
@@ -94,30 +99,11 @@ class RunState:
     nonfinite: int = 0
     frozen: str = ""
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 # --- writing ------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    run_dir: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: RunState,
-    *,
-    keep_last: int,
-    keep_every: int = 0,
-) -> Path:
-    """Write a checkpoint of the present step, point ``latest`` at it, and remove old ones.
-
-    Raises:
-        CheckpointError: The disk is full or fails; earlier checkpoints are as they were.
-    """
-    tensors, moments = trained_tensors(model), named_state(optimizer)
-    with whole_directory(checkpoint_path(run_dir, state.step)) as directory, write_errors():
-        write_whole(directory, tensors, moments)
-        write_state(directory, state, [rng_state()])
-    return publish(run_dir, state.step, keep_last=keep_last, keep_every=keep_every)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -125,36 +111,31 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step:06d}"
 
 
-def write_whole(
-    directory: Path, tensors: Mapping[str, torch.Tensor], moments: dict[str, dict[str, Any]]
-) -> None:
-    """Write whole tensors and the optimizer's state."""
-    from safetensors.torch import save_file
-
-    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(on_cpu, directory / "model.safetensors", metadata={"format": "pt"})
-    torch.save(moments, directory / "optimizer.pt")
+def write_whole(directory: Path, tensors: Mapping[str, torch.Tensor], moments: Moments) -> list[Path]:
+    """Write whole tensors and the optimizer's state; returns the files."""
+    save_tensors(tensors, directory / WEIGHTS)
+    torch.save(moments, directory / OPTIMIZER)
+    return [directory / WEIGHTS, directory / OPTIMIZER]
 
 
-def write_state(directory: Path, state: RunState, generators: list[dict[str, Any]]) -> None:
-    """Write where the run stands, and the random generators of each process."""
-    torch.save(generators[0], directory / "rng.pt")
-    if len(generators) > 1:
-        torch.save(generators, directory / "rng_ranks.pt")
-    (directory / "state.json").write_text(
-        json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8"
-    )
+def write_state(directory: Path, state: RunState, generators: Sequence[dict[str, Any]]) -> None:
+    """Write the random generators of every process and, last, where the run stands."""
+    torch.save(list(generators), directory / RNG)
+    files = {**state.files, **digests_of(directory, [directory / RNG])}
+    content = dataclasses.asdict(dataclasses.replace(state, files=files))
+    replace_json(directory / STATE, {**content, SEAL: seal(content)})
 
 
 def publish(run_dir: Path, step: int, *, keep_last: int, keep_every: int = 0) -> Path:
     """Point ``latest`` at a complete checkpoint and remove the old ones that need not be kept."""
     final = checkpoint_path(run_dir, step)
-    write_text(run_dir / CHECKPOINTS / LATEST, final.name + "\n")
-    if keep_last:
-        for old in complete_checkpoints(run_dir)[:-keep_last]:
-            kept = keep_every and step_of(old) % keep_every == 0
-            if old != final and not kept:
-                remove_directory(old)
+    replace_text(run_dir / CHECKPOINTS / LATEST, final.name + "\n")
+    for old in complete_checkpoints(run_dir)[:-keep_last] if keep_last else []:
+        kept = keep_every and step_of(old) % keep_every == 0
+        if old != final and not kept:
+            hidden = old.with_name(f".{old.name}.old")
+            old.rename(hidden)  # at no moment does a part of it keep its name
+            shutil.rmtree(hidden, ignore_errors=True)
     return final
 
 
@@ -170,21 +151,6 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             if name not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}.{name}" if prefix else name] = buffer
     return tensors
-
-
-def remove_directory(path: Path) -> None:
-    """Remove a checkpoint; at no moment does a part of it keep its name."""
-    hidden = path.with_name(f".{path.name}.old")
-    path.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run left half-written or half-removed."""
-    for folder in (run_dir, run_dir / CHECKPOINTS):
-        for pattern in (".*.tmp", ".*.old"):
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -238,7 +204,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that ``latest`` names; the newest one where a kill came before it was written."""
     pointer = run_dir / CHECKPOINTS / LATEST
     if pointer.is_file():
-        named = run_dir / CHECKPOINTS / pointer.read_text(encoding="utf-8").strip()
+        named = run_dir / CHECKPOINTS / pointer.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
         if _STEP_NAME.fullmatch(named.name) and named.is_dir():
             return named
     found = complete_checkpoints(run_dir)
@@ -260,34 +226,44 @@ def read_state(path: Path) -> RunState:
     """The state file of a checkpoint.
 
     Raises:
-        CheckpointError: It is missing or damaged, or another version of vlmamba wrote other fields.
+        MissingFileError: There is none.
+        CheckpointError: It is damaged, or another version of vlmamba wrote other fields.
     """
-    file = path / "state.json"
+    file = path / STATE
+    if not file.is_file():
+        raise MissingFileError(f"{path} is not a checkpoint: it has no {STATE}.")
+    content = read_json(file)
+    wanted = content.pop(SEAL, None) if isinstance(content, dict) else None
     try:
-        return RunState(**json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path} is not a checkpoint: it has no state.json.") from error
-    except (json.JSONDecodeError, TypeError) as error:
+        state = RunState(**content)
+    except TypeError as error:
         raise CheckpointError(f"{file} is damaged or of another version of vlmamba: {error}.") from error
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-    """Put model, optimizer and random generators of one process where a checkpoint left them.
-
-    Raises:
-        CheckpointError: The checkpoint's tensors are not those that train, or a file is damaged.
-    """
-    state = read_state(path)
-    tensors, moments = read_whole(path)
-    wanted = trained_tensors(model)
-    check_names(path, wanted, {n: t.shape for n, t in tensors.items()})
-    copy_into(wanted, tensors)
-    load_named_state(optimizer, moments)
-    load_rng(path)
+    if (state.files or wanted) and seal(content) != wanted:
+        raise CheckpointError(f"{file} is damaged: it does not hold what was written (SHA-256).")
+    fresh = dataclasses.asdict(RunState())
+    strange = [name for name, value in content.items() if not isinstance(value, type(fresh[name]))]
+    if strange:
+        raise CheckpointError(f"{file} is damaged: {', '.join(strange)} of another type.")
     return state
 
 
-def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+def verify(path: Path, state: RunState, group: Group | None = None) -> None:
+    """Compare every file of a checkpoint with its digest; the processes of a group share the files.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; in all processes.
+    """
+    group = group or Group()
+    if not state.files and group.is_main:
+        logger.warning("%s has no digests (an older version wrote it): its files are not verified", path)
+    mine = [fault(path, name, state.files[name]) for name in group.share(sorted(state.files))]
+    for problem in (p for problems in group.gather(mine) for p in problems if p is not None):
+        raise CheckpointError(
+            f"{problem}. Continue from an older checkpoint: remove {path} and the file `{LATEST}` beside it."
+        )
+
+
+def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], Moments]:
     """Weights and optimizer state by name, as whole tensors on the CPU, from either layout.
 
     Raises:
@@ -295,14 +271,17 @@ def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str,
     """
     if is_sharded(path):
         return read_shards(path)
-    moments = load_weights_only(path / "optimizer.pt")
-    assert isinstance(moments, dict)
-    return load_state_dict_file(path / "model.safetensors"), moments
+    moments = load_weights_only(path / OPTIMIZER)
+    if not isinstance(moments, dict) or not all(isinstance(values, dict) for values in moments.values()):
+        raise CheckpointError(
+            f"{path / OPTIMIZER} does not hold the state of an optimizer by parameter name."
+        )
+    return load_state_dict_file(path / WEIGHTS), moments
 
 
 def read_trained(path: Path) -> dict[str, torch.Tensor]:
     """Weights alone; see `read_whole`."""
-    return read_shards(path)[0] if is_sharded(path) else load_state_dict_file(path / "model.safetensors")
+    return read_shards(path)[0] if is_sharded(path) else load_state_dict_file(path / WEIGHTS)
 
 
 def load_trained(path: Path, model: nn.Module) -> None:
@@ -311,28 +290,42 @@ def load_trained(path: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: Names or shapes differ.
     """
-    saved, wanted = read_trained(path), trained_tensors(model)
+    copy_into(path, trained_tensors(model), read_trained(path))
+
+
+@torch.no_grad()
+def copy_into(path: Path, wanted: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy whole tensors into those of the model, cut or not.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
     check_names(path, wanted, {n: t.shape for n, t in saved.items()})
-    copy_into(wanted, saved)
-
-
-def copy_into(wanted: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    """Copy whole tensors into those of the model, cut or not."""
     for name, tensor in wanted.items():
-        place(tensor, saved[name])
+        tensor.copy_(cut_like(tensor, saved[name]))
 
 
-def load_rng(path: Path, *, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
+def load_rng(path: Path, group: Group, device: torch.device | None = None) -> None:
     """Put back the random generators of a process; on another number of processes, all but the first begin anew.
+
+    Args:
+        path: The checkpoint.
+        group: The processes.
+        device: See `rng_state`.
 
     Raises:
         CheckpointError: The file is damaged.
     """
-    ranks = path / "rng_ranks.pt"
-    saved = load_weights_only(ranks) if ranks.is_file() else [load_weights_only(path / "rng.pt")]
-    assert isinstance(saved, list)
-    if rank < len(saved) and (rank == 0 or len(saved) == world_size):
-        set_rng_state(saved[rank], device)
+    file = path / OLD_RNG if (path / OLD_RNG).is_file() else path / RNG
+    loaded: Any = load_weights_only(file)
+    saved = loaded if isinstance(loaded, list) else [loaded]
+    if group.rank < len(saved) and (group.is_main or len(saved) == group.world_size):
+        try:
+            set_rng_state(saved[group.rank], device)
+        except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{file} does not hold the states of random generators: {error}."
+            ) from error
 
 
 # --- is it the same run? ------------------------------------------------------------------------------------
@@ -375,17 +368,29 @@ def check_same_rest(saved: RunState, *, frozen: str, total_steps: int, where: Pa
             "batches are cut "
             "otherwise. Restore the data and settings, or start another run with --init_from."
         )
+    check_frozen(saved, frozen, where)
+
+
+def check_frozen(saved: RunState, frozen: str, where: Path) -> None:
+    """Refuse other frozen weights than the checkpoint was trained with.
+
+    Raises:
+        CheckpointError: Their fingerprints differ.
+    """
     if saved.frozen != frozen:
         raise CheckpointError(
             f"the frozen weights are not those that {where} was trained with (fingerprint "
             f"{saved.frozen[:12]}, now "
-            f"{frozen[:12]}): the files of encoder, language model or init_from have changed. Restore them."
+            f"{frozen[:12]}): the files of encoder, language model, init_from or chat template have changed. Restore "
+            "them."
         )
 
 
-def frozen_fingerprint(model: nn.Module, *, samples: int = 1024) -> str:
-    """A hash of the frozen parameters: names, shapes, dtypes, and up to `samples` values of each."""
-    digest = hashlib.sha256()
+def frozen_fingerprint(model: nn.Module, *, samples: int = 1024, template: str = "") -> str:
+    """A hash of the frozen parameters: names, shapes, dtypes, and up to `samples` values of each; and of a chat
+    template that stands in a file.
+    """
+    digest = hashlib.sha256(template.encode())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue

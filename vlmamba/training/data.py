@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,19 +129,14 @@ def build_data(
 
 def _lengths(dataset: VLDataset, processor: Any, parallel: Parallel, num_workers: int) -> LengthTable:
     """The lengths of all rows, measured by the first process of each host; the others read what it kept."""
-    first = int(os.environ.get("LOCAL_RANK", parallel.rank)) == 0
-    if not first:
-        parallel.barrier()
-    table = compute_lengths(
-        dataset,
-        cache_dir=cache_folder(),
-        processor_fingerprint=processor_fingerprint(processor),
-        num_workers=num_workers,
-        progress=parallel.is_main,
-    )
-    if first:
-        parallel.barrier()
-    return table
+    with parallel.main_first(of_each_host=True):
+        return compute_lengths(
+            dataset,
+            cache_dir=cache_folder(),
+            processor_fingerprint=processor_fingerprint(processor),
+            num_workers=num_workers,
+            progress=parallel.is_main,
+        )
 
 
 def stream_settings(config: TrainConfig, world_size: int) -> StreamSettings:

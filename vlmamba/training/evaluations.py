@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
+from vlmamba.common.processes import Group
 from vlmamba.config.files import load_python_file
 from vlmamba.errors import ConfigError, MissingFileError, TrainingError
 from vlmamba.registry import close_matches
 from vlmamba.training.checkpoint import rng_state, set_rng_state
 from vlmamba.training.config import EvaluationConfig
 from vlmamba.training.metrics import JsonlLogger, MetricLogger
-from vlmamba.training.parallel import Channel, Parallel
+from vlmamba.training.parallel import Parallel
 from vlmamba.training.parts import set_modes
 from vlmamba.training.precision import autocast
 
@@ -104,7 +105,7 @@ class Evaluations:
     processor: Any
     run_dir: Path
     parallel: Parallel
-    channel: Channel
+    channel: Group
     precision: str
 
     def __post_init__(self) -> None:
@@ -115,11 +116,6 @@ class Evaluations:
         """Go on with the log after a step."""
         if self.parallel.is_main and self.configs:
             self._log = JsonlLogger(self.run_dir / EVALUATION_LOG, resume_step=resume_step)
-
-    def close(self) -> None:
-        """The run ends."""
-        if self._log is not None:
-            self._log.close()
 
     def __call__(self, step: int, *, last: bool, loggers: Sequence[MetricLogger] = ()) -> float:
         """Run those that are due after a step; returns the seconds they took.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmamba.common.digests import write_digests
+from vlmamba.common.files import replace_json, replaced_directory
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
+from vlmamba.models.language.weights import save_tensors
 from vlmamba.ssm.mixer import keeps_fp32
 from vlmamba.training.init_from import CONNECTOR
 from vlmamba.training.lora import ADAPTER, has_adapters, merged_state, save_adapter
-from vlmamba.training.run_dir import whole_directory, write_errors
 
 EXPORT = "export"
 
@@ -21,7 +22,8 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
     """Write model, processor and connector.
 
     The connector alone is also written, in the precision it was trained in: ``connector.safetensors`` and
-    ``connector_config.json``. Adapters are merged into the weights, and written alone into ``adapter/``.
+    ``connector_config.json``. Adapters are merged into the weights, and written alone into ``adapter/``. A digest of
+    every file is in ``digests.json`` (transformers' own files have no room for it).
 
     Args:
         model: A `VLMambaForConditionalGeneration`.
@@ -35,9 +37,7 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
     Raises:
         CheckpointError: The disk is full or fails; an earlier export stays.
     """
-    from safetensors.torch import save_file
-
-    with whole_directory(directory) as target:
+    with replaced_directory(directory) as target:
         connector = getattr(model, CONNECTOR)
         whole = merged_state(model)
         state = {
@@ -49,21 +49,15 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
         previous = model.config.dtype
         model.config.dtype = dtype
         try:
-            with write_errors():
-                model.save_pretrained(target, state_dict=state)
+            model.save_pretrained(target, state_dict=state)
         finally:
             model.config.dtype = previous
         processor.save_pretrained(target)
         if has_adapters(model.state_dict()):
             save_adapter(model, target / ADAPTER)
         prefix = f"{CONNECTOR}."
-        tensors = {
-            name.removeprefix(prefix): t.detach().cpu().contiguous()
-            for name, t in whole.items()
-            if name.startswith(prefix)
-        }
-        with write_errors():
-            save_file(tensors, target / CONNECTOR_FILE, metadata={"format": "pt"})
+        tensors = {n.removeprefix(prefix): t for n, t in whole.items() if n.startswith(prefix)}
+        save_tensors(tensors, target / CONNECTOR_FILE)
         description = {
             "name": connector.name,
             "options": dict(connector.options),
@@ -71,7 +65,6 @@ def export_model(model: Any, processor: Any, directory: Path, *, dtype: torch.dt
             "text_dim": connector.text_dim,
             "grid": list(connector.grid),
         }
-        (target / CONNECTOR_CONFIG_FILE).write_text(
-            json.dumps(description, indent=2) + "\n", encoding="utf-8"
-        )
+        replace_json(target / CONNECTOR_CONFIG_FILE, description)
+        write_digests(target)
     return directory

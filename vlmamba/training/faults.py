@@ -16,16 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmamba.errors import CheckpointError
-from vlmamba.training.run_dir import write_failure
+from vlmamba.common.files import append_text
+from vlmamba.common.processes import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 75
-"""Stopped on request after saving: start the same command again with --resume (EX_TEMPFAIL of sysexits.h)."""
 EXIT_STALLED = 74
 """Nothing moved for `stall_seconds`; stacks were written down."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STDERR = 2
 """The descriptor: `sys.stderr` may be something without one, as in a notebook."""
 NONFINITE_FILE = "nonfinite.jsonl"
@@ -115,13 +112,8 @@ def record_nonfinite(run_dir: Path, entry: Mapping[str, Any], samples: Sequence[
     """Append a step that was not taken, with its samples, to ``nonfinite.jsonl``.
 
     Raises:
-        CheckpointError: The disk is full or fails.
+        WriteError: The disk is full or fails.
     """
     path = run_dir / NONFINITE_FILE
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "samples": list(samples)}) + "\n")
-    except OSError as error:
-        raise CheckpointError(write_failure(path, error)) from error
+    append_text(path, json.dumps({**entry, "samples": list(samples)}) + "\n")
     return path

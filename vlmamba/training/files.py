@@ -59,6 +59,8 @@ def missing_files(config: TrainConfig) -> list[MissingItem]:
             items.append(MissingItem("annotations", source.annotations, hint))
         if not root.is_dir():
             items.append(MissingItem("images", str(source.root), source.hint or download_hint(root) or ""))
+    if config.model.chat.endswith(".jinja") and not Path(config.model.chat).is_file():
+        items.append(MissingItem("chat template", config.model.chat, ""))
     for part, path in config.model.connector.init.items():
         if not _is_here(path):
             items.append(MissingItem(f"connector {part}", path, "", looks_like_hub_id(path)))

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from vlmamba.common.digests import check_folder
+from vlmamba.common.files import read_json
 from vlmamba.config import load_yaml
 from vlmamba.errors import CheckpointError, MissingFileError
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
+from vlmamba.models.language.loading import read_config_dict
 from vlmamba.models.language.weights import load_state_dict_dir, load_state_dict_file, weight_files
-from vlmamba.training.checkpoint import CHECKPOINTS, latest_checkpoint, read_trained
+from vlmamba.training.checkpoint import CHECKPOINTS, latest_checkpoint, read_state, read_trained, verify
 
 logger = logging.getLogger(__name__)
 
@@ -99,17 +102,18 @@ def read_weights(source: Path) -> SavedWeights:
             if not (source / "export" / "config.json").is_file():
                 raise CheckpointError(
                     f"init_from: {source} is a run with adapters (lora) that has no export, and only an export holds "
-                    f"them merged. Finish it, or export it: vlmamba.training.run.export_run({str(source)!r})."
+                    f"them merged. Finish it, or export it: vlmamba convert {source} {source / 'export'}"
                 )
     if (source / "state.json").is_file():
         return _checkpoint(source)
     for folder in (source, source / "export"):
         if (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             try:
                 weight_files(folder)
             except MissingFileError:
                 break
+            check_folder(folder)
+            config = read_config_dict(folder)
             return SavedWeights(folder, load_state_dict_dir(folder), config.get("connector_config"))
     for folder in (source, source / "export"):
         if (folder / CONNECTOR_FILE).is_file():
@@ -123,8 +127,12 @@ def read_weights(source: Path) -> SavedWeights:
 
 
 def _checkpoint(path: Path) -> SavedWeights:
-    config = path.parent.parent / RUN_CONFIG
-    connector = load_yaml(config).to_dict()["model"]["connector"] if config.is_file() else None
+    state = read_state(path)
+    verify(path, state)
+    settings, older = state.config, path.parent.parent / RUN_CONFIG
+    if not settings and older.is_file():
+        settings = load_yaml(older).to_dict()
+    connector = settings["model"]["connector"] if settings else None
     return SavedWeights(path, read_trained(path), connector, trained_only=True)
 
 
@@ -134,8 +142,9 @@ def _connector_file(path: Path) -> SavedWeights:
         raise MissingFileError(
             f"init_from: {path} lies there without {config.name}, which says what connector it is."
         )
+    check_folder(path.parent, [path.name, config.name])
     tensors = {f"{CONNECTOR}.{name}": t for name, t in load_state_dict_file(path).items()}
-    return SavedWeights(path, tensors, json.loads(config.read_text(encoding="utf-8")))
+    return SavedWeights(path, tensors, read_json(config))
 
 
 def check_connector(model: nn.Module, saved: SavedWeights) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vlmamba.common.processes import Group
 from vlmamba.data import MODEL_KEYS, Step, StepLoader
 from vlmamba.errors import TrainingError
 from vlmamba.training.checkpoint import RunState
@@ -27,7 +28,7 @@ from vlmamba.training.config import TrainConfig
 from vlmamba.training.faults import NONFINITE_FILE, record_nonfinite
 from vlmamba.training.metrics import MetricLogger, Window, progress_bar
 from vlmamba.training.optim import current_lr, set_learning_rate
-from vlmamba.training.parallel import Channel, Parallel
+from vlmamba.training.parallel import Parallel
 from vlmamba.training.parts import trainable_parameters
 from vlmamba.training.precision import autocast
 from vlmamba.training.schedule import Schedule
@@ -64,7 +65,7 @@ class Training:
     loggers: Sequence[MetricLogger] = ()
     should_stop: Callable[[], bool] = field(default=lambda: False)
     alive: Callable[[], None] = field(default=lambda: None)
-    channel: Channel = field(default_factory=Channel)
+    channel: Group = field(default_factory=Group)
     evaluate: Callable[..., float] = field(default=lambda step, **_: 0.0)
     nonfinite_in_a_row: int = 0
 
@@ -152,7 +153,7 @@ def worker_deaths() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if isinstance(error, TrainingError) or "DataLoader worker" not in str(error):
             raise
         raise TrainingError(
             f"a data worker process ended: {str(error).splitlines()[0].strip()} The usual cause is too little memory: "

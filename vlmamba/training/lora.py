@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from vlmamba.errors import ConfigError, require
+from vlmamba.models.language.weights import save_tensors
 from vlmamba.registry import close_matches
 from vlmamba.training.config import LoRAConfig
 from vlmamba.training.parts import compile_pattern
-from vlmamba.training.run_dir import write_errors
 
 ADAPTER = "adapter"
 """Folder inside an export."""
@@ -79,22 +79,15 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: Any, directory: Path) -> None:
-    """Write the adapters in peft's layout; ``PeftModel.from_pretrained`` puts them on the model they were trained on.
-
-    Raises:
-        CheckpointError: The disk is full or fails.
-    """
-    from safetensors.torch import save_file
-
+    """Write the adapters in peft's layout, which ``PeftModel.from_pretrained`` puts on the model they belong to."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor.detach().cpu().contiguous()
+        f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor
         for name, tensor in model.state_dict().items()
         if is_adapter(name)
     }
-    with write_errors():
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        model.peft_config[_NAME].save_pretrained(str(directory))
+    save_tensors(tensors, directory / "adapter_model.safetensors")
+    model.peft_config[_NAME].save_pretrained(str(directory))
 
 
 def _layers(model: nn.Module, config: LoRAConfig) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -18,12 +17,12 @@ from typing import Any
 
 import torch
 
+from vlmamba.common.files import append_text, replace_text, write_errors
 from vlmamba.data import EVENTS
 from vlmamba.errors import CheckpointError, MissingDependencyError, require
 from vlmamba.registry import Registry
 from vlmamba.training.flops import FlopCount
 from vlmamba.training.parallel import Parallel
-from vlmamba.training.run_dir import write_failure, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -123,35 +122,36 @@ class JsonlLogger(MetricLogger):
         self.path = path
         if path.exists():
             kept = [line for line in read_log(path) if line["step"] <= resume_step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append the line.
 
         Raises:
-            CheckpointError: The disk is full or fails.
+            WriteError: The disk is full or fails.
         """
-        try:
-            self._file.write(json.dumps(dict(line)) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise CheckpointError(write_failure(self.path, error)) from error
-
-    def close(self) -> None:
-        """Close the file; what could not be written was reported by `log`."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        append_text(self.path, json.dumps(dict(line)) + "\n")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl``; a last line cut off by a kill is left out."""
-    lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    """The lines of a ``log.jsonl``; a last line cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: Another line is damaged.
+    """
+    texts = Path(path).read_bytes().splitlines()
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+            if not isinstance(line.get("step"), int):
+                raise ValueError("no step")
+            lines.append(line)
+        except (ValueError, AttributeError, RecursionError) as error:
+            if number < len(texts):
+                raise CheckpointError(
+                    f"{path}:{number} is no line of a log: {text[:80]!r}. The file is damaged; remove that line."
+                ) from error
     return lines
 
 
@@ -163,17 +163,25 @@ class TensorBoardLogger(MetricLogger):
         from torch.utils.tensorboard import SummaryWriter
 
         purge = resume_step + 1 if resume_step else None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._folder = run_dir / "tensorboard"
+        with write_errors(self._folder):
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Write every number."""
-        for key, value in line.items():
-            if key != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(f"train/{key}", value, line["step"])
+        """Write every number.
+
+        Raises:
+            WriteError: The disk is full or fails; TensorBoard writes in a thread, and may report it lines later.
+        """
+        with write_errors(self._folder):
+            for key, value in line.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(f"train/{key}", value, line["step"])
 
     def close(self) -> None:
         """Write what is pending."""
-        self._writer.close()
+        with write_errors(self._folder):
+            self._writer.close()
 
 
 class _TrackerLogger(MetricLogger):
@@ -209,7 +217,7 @@ class WandbLogger(_TrackerLogger):
         """An id of its own, kept in the run's folder: names need not be unique there."""
         file = run_dir / "wandb_id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+            replace_text(file, uuid.uuid4().hex[:16] + "\n")
         return {"name": run_dir.name, "id": file.read_text(encoding="utf-8").strip()}
 
 

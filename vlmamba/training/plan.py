@@ -161,19 +161,20 @@ class Planner:
     Args:
         config: The recipe.
         settings: What for.
+        model: A meta model of these sizes, of which trained parts are set anew; built when left out.
 
     Raises:
         ConfigError: A setting is wrong, or batch and GPUs do not go together.
         MissingFileError: Sizes are not known: neither files nor presets are there.
     """
 
-    def __init__(self, config: TrainConfig, settings: PlanSettings) -> None:
+    def __init__(self, config: TrainConfig, settings: PlanSettings, model: Any = None) -> None:
         from vlmamba.training.run import fit_micro_batch, set_trained_parts
 
         self.settings = settings
         self.config = fit_micro_batch(config, settings.gpus)
         plan_settings(self.config, settings.gpus)
-        self.model = build_meta_model(config.model)
+        self.model = build_meta_model(config.model) if model is None else model
         set_trained_parts(self.model, config)
         set_modes(self.model)
         self.sizes = Sizes.of(self.model, config.precision)
@@ -358,7 +359,7 @@ class Planner:
     @functools.cached_property
     def flops(self) -> FlopCount:
         """Model FLOPs."""
-        return FlopCount.of(self.model, length=max(256, self.visual + 16))
+        return FlopCount.of(self.model, length=-(-(self.visual + 16) // 1024) * 1024)
 
     def recomputation(self) -> float:
         """FLOPs with recomputation over those without."""

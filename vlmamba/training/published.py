@@ -105,7 +105,8 @@ LVIS_INSTRUCT4V = SourceConfig(
 
 LRV_INSTRUCT = SourceConfig(
     annotations="playground/data/lrv_instruct_400k.json",
-    image_root="playground/data/lrv",
-    expected_rows=342_799,  # as prismatic-vlms' script for it counts
-    hint="github.com/FuxiaoLiu/LRV-Instruction: the annotations, in LLaVA's JSON (docs/data.md)",
+    image_root="playground/data",
+    expected_rows=342_799,  # as prismatic-vlms' script for it counts, charts included
+    hint="github.com/FuxiaoLiu/LRV-Instruction (download.txt) into playground/data/lrv, then vlmamba data convert lrv "
+    "playground/data/lrv playground/data/lrv_instruct_400k.json (docs/data.md)",
 )

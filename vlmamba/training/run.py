@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlmamba.common.files import replace_text
 from vlmamba.config import dump_yaml, load_yaml
 from vlmamba.errors import CheckpointError
 from vlmamba.models.builder import build_model
@@ -35,7 +36,7 @@ from vlmamba.training.optim import build_optimizer
 from vlmamba.training.parallel import Parallel, make_parallel
 from vlmamba.training.parts import format_parts, parts_table, set_modes, set_trainable
 from vlmamba.training.precision import compute_dtype, set_precision
-from vlmamba.training.run_dir import claim_run_dir, write_environment, write_text
+from vlmamba.training.run_dir import claimed, write_environment
 from vlmamba.training.saving import Checkpointer, restore
 from vlmamba.training.schedule import Schedule
 
@@ -81,25 +82,27 @@ def run(config: TrainConfig, *, resume: bool = False, force: bool = False) -> Ru
         TrainingError: Loss or gradients are not finite.
     """
     parallel = make_parallel(config.parallel, config.device, config)
-    result = _run(config, parallel, resume=resume, force=force)
+    with ExitStack() as held:
+        result = _run(config, parallel, held, resume=resume, force=force)
     parallel.close()
     return result
 
 
-def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) -> RunResult:
+def _run(config: TrainConfig, parallel: Parallel, held: ExitStack, *, resume: bool, force: bool) -> RunResult:
     # Config, files, and a folder that is ours.
     check_files(config)
     given, config = config, fit_micro_batch(config, parallel.world_size)
     run_dir = Path(config.output)
-    channel = parallel.channel()
-    with main_first(parallel):
+    channel = parallel.apart()
+    with parallel.main_first():
         logger.info("data: reading %s", ", ".join(s.annotations for s in config.data.sources))
         sources = open_sources(config)
-    start = channel.on_main(lambda: _open_run(given, run_dir, parallel, resume=resume, force=force))
+    start = channel.on_main(lambda: _open_run(given, run_dir, parallel, held, resume=resume, force=force))
 
     # Model: built from its parts, weights of an earlier stage put in, what trains decided.
     model, processor = prepare_model(config, parallel.device)
-    frozen = checkpoints.frozen_fingerprint(model)
+    template = processor.chat_template if config.model.chat.endswith(".jinja") else ""
+    frozen = checkpoints.frozen_fingerprint(model, template=template)
     logger.info("parts:\n%s", format_parts(parts_table(model)))
     evaluations = Evaluations(
         config.evaluations, model, processor, run_dir, parallel, channel, config.precision
@@ -108,7 +111,7 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         seed_all(config.seed + parallel.rank)  # dropout differs between processes, first weights do not
 
     # Data, strategy, optimizer, schedule.
-    with main_first(parallel):
+    with parallel.main_first():
         loader = build_data(config, sources, processor, parallel, run_dir=run_dir)
     count = total_steps(config, loader)
     logger.info("data: %s rows, %d steps of %s", loader.num_rows or "streamed", count, config.batch.step)
@@ -121,14 +124,14 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         track_mean(optimizer, config.ema)
 
     # Where an earlier start of this run stopped.
-    state = checkpoints.RunState(total_steps=count, frozen=frozen)
+    state = checkpoints.RunState(total_steps=count, frozen=frozen, config=given.to_dict())
     if start is not None:
         saved = checkpoints.read_state(start)
         if not force:
             checkpoints.check_same_rest(saved, frozen=frozen, total_steps=count, where=start)
         loader.load_state_dict(saved.data)
         state = restore(start, parallel, model, optimizer)
-        state.total_steps, state.frozen = count, frozen
+        state.total_steps, state.frozen, state.config = count, frozen, given.to_dict()
         logger.info("continuing from %s", start)
 
     # The loop.
@@ -147,7 +150,6 @@ def _run(config: TrainConfig, parallel: Parallel, *, resume: bool, force: bool) 
         evaluate=evaluations,
     )
     outcome = _guarded_loop(training, model, run_dir)
-    evaluations.close()
 
     # A plain transformers directory.
     if outcome == "stopped":
@@ -293,42 +295,59 @@ def export_run(run_dir: str | Path, directory: str | Path | None = None, *, mean
         CheckpointError: It has no checkpoint, or that has no means.
     """
     run_dir = Path(run_dir)
-    config = load_yaml(run_dir / CONFIG_FILE, TrainConfig)
-    assert isinstance(config, TrainConfig)
     newest = checkpoints.latest_checkpoint(run_dir)
     if newest is None:
         raise CheckpointError(f"{run_dir} has no checkpoint to export.")
-    model, processor = prepare_model(config, torch.device("cpu"))
-    checkpoints.load_trained(newest, model)
-    if mean:
-        load_means(model, checkpoints.read_whole(newest)[1])
     target = run_dir / (EXPORT_MEAN if mean else EXPORT) if directory is None else Path(directory)
-    return export_model(model, processor, target, dtype=compute_dtype(config.precision))
+    return export_checkpoint(newest, target, mean=mean)
+
+
+def export_checkpoint(path: Path, directory: Path, *, mean: bool = False) -> Path:
+    """Export one checkpoint; see `export_run`."""
+    model, processor, config = read_checkpoint(path, mean=mean)
+    return export_model(model, processor, directory, dtype=compute_dtype(config.precision))
+
+
+def read_checkpoint(path: Path, *, mean: bool = False) -> tuple[Any, Any, TrainConfig]:
+    """The model of a checkpoint on the CPU, as it trained, its processor and the settings of its run.
+
+    What was frozen comes from where the run took it.
+
+    Args:
+        path: The checkpoint.
+        mean: The running mean of the weights instead of the weights.
+
+    Raises:
+        CheckpointError: A file is damaged, what was frozen has changed, or there are no means.
+        MissingFileError: What was frozen is not there.
+    """
+    state = checkpoints.read_state(path)
+    checkpoints.verify(path, state)
+    config: Any = (
+        TrainConfig.from_dict(state.config)
+        if state.config
+        else load_yaml(path.parent.parent / CONFIG_FILE, TrainConfig)
+    )
+    model, processor = prepare_model(config, torch.device("cpu"))
+    checkpoints.check_frozen(state, checkpoints.frozen_fingerprint(model), path)
+    checkpoints.load_trained(path, model)
+    if mean:
+        load_means(model, checkpoints.read_whole(path)[1])
+    return model, processor, config
 
 
 def _open_run(
-    config: TrainConfig, run_dir: Path, parallel: Parallel, *, resume: bool, force: bool
+    config: TrainConfig, run_dir: Path, parallel: Parallel, held: ExitStack, *, resume: bool, force: bool
 ) -> Path | None:
     """Claim the folder and write down config and environment; returns the checkpoint to continue from."""
-    step = claim_run_dir(run_dir, resume=resume, latest_step=checkpoints.latest_step)
+    step = held.enter_context(claimed(run_dir, resume=resume))
     start = checkpoints.latest_checkpoint(run_dir) if step is not None else None
     if start is not None:
         saved = load_yaml(run_dir / CONFIG_FILE, TrainConfig)
         checkpoints.check_same_config(saved, config, run_dir / CONFIG_FILE, force=force)
-    checkpoints.remove_leftovers(run_dir)
-    write_text(run_dir / CONFIG_FILE, dump_yaml(config))
+    replace_text(run_dir / CONFIG_FILE, dump_yaml(config))
     write_environment(run_dir / ENVIRONMENT_FILE, parallel.device, start_step=step or 0)
     return start
-
-
-@contextmanager
-def main_first(parallel: Parallel) -> Iterator[None]:
-    """The first process does it, then the others, which find what it has left on the disk."""
-    if not parallel.is_main:
-        parallel.barrier()
-    yield
-    if parallel.is_main:
-        parallel.barrier()
 
 
 @contextmanager

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmamba.errors import CheckpointError
+from vlmamba.common.digests import digests_of
+from vlmamba.common.files import replaced_directory, write_errors
+from vlmamba.common.processes import Group
+from vlmamba.errors import CheckpointError, WriteError
 from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training.checkpoint import RunState
 from vlmamba.training.optim import load_named_state
 from vlmamba.training.parallel import Parallel
-from vlmamba.training.run_dir import whole_directory, write_errors, write_failure
-from vlmamba.training.sharded import flat_state, is_sharded, load_shards, start_writing_shards, write_shards
+from vlmamba.training.sharded import SHARDS, is_old, is_sharded, load_shards, own_part, write_part
 
 
 class Checkpointer:
@@ -47,7 +49,7 @@ class Checkpointer:
     ) -> None:
         self.run_dir, self.parallel, self.model, self.optimizer = run_dir, parallel, model, optimizer
         self.keep_last, self.keep_every, self.in_background = keep_last, keep_every, in_background
-        self.channel: Any = parallel.channel()
+        self.channel = parallel.apart()
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
 
@@ -63,10 +65,7 @@ class Checkpointer:
             state = dataclasses.replace(state, data=merge_data(self.channel.gather(state.data)))
         alone = self.parallel.world_size == 1
         generators = self.channel.gather(checkpoints.rng_state(None if alone else self.parallel.device))
-        if self.parallel.layout == "shards":
-            self._run(self._shards(state, generators))
-        else:
-            self._run(self._whole(state, generators))
+        self._run(self._writer(state, generators))
 
     def wait(self) -> None:
         """Until the checkpoint on its way is complete.
@@ -105,56 +104,50 @@ class Checkpointer:
         if error is not None:
             raise error
         if messages:
-            raise CheckpointError(messages[0])
+            raise WriteError(messages[0])
 
-    def _whole(self, state: RunState, generators: list[dict[str, Any]]) -> Callable[[], None]:
-        """The first process writes everything."""
-        tensors = self.parallel.trained_tensors(self.model)
-        moments = self.parallel.named_state(self.optimizer)
-        if self.in_background and self.parallel.is_main:
-            tensors = {name: _host_copy(t) for name, t in tensors.items()}
-            moments = {n: {k: _host_copy(v) for k, v in values.items()} for n, values in moments.items()}
-
-        def write() -> None:
-            if self.parallel.is_main:
-                final = checkpoints.checkpoint_path(self.run_dir, state.step)
-                with whole_directory(final) as directory, write_errors():
-                    checkpoints.write_whole(directory, tensors, moments)
-                    checkpoints.write_state(directory, state, generators)
-                self._publish(state.step)
-
-        return write
-
-    def _shards(self, state: RunState, generators: list[dict[str, Any]]) -> Callable[[], None]:
-        """Every process writes its part; the first one makes the folder and gives it its name."""
-        flat = flat_state(
-            self.parallel.trained_tensors(self.model), self.parallel.named_state(self.optimizer)
-        )
-        final = checkpoints.checkpoint_path(self.run_dir, state.step)
-        opened = ExitStack()
-        directory = Path(self.channel.on_main(lambda: str(opened.enter_context(whole_directory(final)))))
-        group = self.channel.group
-        pending = start_writing_shards(directory, flat, group) if self.in_background else None
+    def _writer(self, state: RunState, generators: list[dict[str, Any]]) -> Callable[[], None]:
+        """What writes a checkpoint of the present moment: the first process all of it, or each process its part."""
+        parallel, final = self.parallel, checkpoints.checkpoint_path(self.run_dir, state.step)
+        tensors, moments = parallel.trained_tensors(self.model), parallel.named_state(self.optimizer)
+        shards = parallel.layout == "shards"
+        if not shards and not parallel.is_main:
+            return lambda: None
+        group = self.channel if shards else Group()
+        part = own_part(tensors, moments, is_main=parallel.is_main) if shards else {}
+        if self.in_background:
+            tensors = {name: _host_copy(t) for name, t in tensors.items()} if not shards else {}
+            moments = {n: {k: _host_copy(v) for k, v in m.items()} for n, m in moments.items() if not shards}
+            part = {key: (_host_copy(piece), *where) for key, (piece, *where) in part.items()}
 
         def write() -> None:
-            try:
-                with opened:
-                    if pending is None:
-                        write_shards(directory, flat, group)
-                    else:
-                        _result(pending)
-                    if self.parallel.is_main:
-                        with write_errors():
-                            checkpoints.write_state(directory, state, generators)
-            except OSError as error:
-                raise CheckpointError(write_failure(final, error)) from error
-            if self.parallel.is_main:
-                self._publish(state.step)
+            with ExitStack() as opened:
+                directory = Path(group.on_main(lambda: str(opened.enter_context(replaced_directory(final)))))
+                digests: dict[str, str] = {}
+                failure: WriteError | None = None
+                try:
+                    with write_errors(final):
+                        if shards:
+                            files = [write_part(directory, part, parallel.rank, parallel.world_size)]
+                        else:
+                            files = checkpoints.write_whole(directory, tensors, moments)
+                        digests = digests_of(directory, files)
+                except WriteError as error:
+                    failure = error
+                outcomes = group.gather((digests, None if failure is None else str(failure)))
+                for _, message in outcomes:
+                    if message is not None:
+                        raise failure or WriteError(message)
+                if parallel.is_main:
+                    state.files = {name: each for found, _ in outcomes for name, each in found.items()}
+                    with write_errors(final):
+                        checkpoints.write_state(directory, state, generators)
+            if parallel.is_main:
+                checkpoints.publish(
+                    self.run_dir, state.step, keep_last=self.keep_last, keep_every=self.keep_every
+                )
 
         return write
-
-    def _publish(self, step: int) -> None:
-        checkpoints.publish(self.run_dir, step, keep_last=self.keep_last, keep_every=self.keep_every)
 
 
 def restore(path: Path, parallel: Parallel, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
@@ -164,13 +157,12 @@ def restore(path: Path, parallel: Parallel, model: nn.Module, optimizer: torch.o
         CheckpointError: The checkpoint's tensors are not those that train, or a file is damaged.
     """
     state = checkpoints.read_state(path)
-    if parallel.layout == "shards" and is_sharded(path):
+    checkpoints.verify(path, state, parallel)
+    if parallel.layout == "shards" and is_sharded(path) and not is_old(path / SHARDS):
         load_named_state(optimizer, load_shards(path, parallel.trained_tensors(model)))
     else:
-        tensors, moments = checkpoints.read_whole(path)
-        parallel.load(model, optimizer, tensors, moments, where=path)
-    device = parallel.device if parallel.world_size > 1 else None
-    checkpoints.load_rng(path, rank=parallel.rank, world_size=parallel.world_size, device=device)
+        parallel.load(model, optimizer, *checkpoints.read_whole(path), where=path)
+    checkpoints.load_rng(path, parallel, parallel.device if parallel.world_size > 1 else None)
     return state
 
 
@@ -188,10 +180,3 @@ def merge_data(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _host_copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
-
-
-def _result(pending: Any) -> None:
-    from vlmamba.training.sharded import checkpoint_errors
-
-    with checkpoint_errors():
-        pending.result()

@@ -2,17 +2,14 @@
 
 The model is copied into torch's FakeTensorMode, where its own code runs forward and backward (autocast and activation
 checkpointing included) and nothing is computed. Each storage is followed from its first use to its release, so the
-peak is that of the code as it stands, not of a formula. Kernels' own workspace is not seen.
-
-Blocks of a language model are alike, so a few of them are run and the rest is extrapolated, phase by phase: every phase
-grows by the same amount with each further block. Where blocks differ (LoRA or training on some), all are run.
+peak is that of the code as it stands, not of a formula. Kernels' own workspace is not seen. Blocks of a language model
+are alike, so a few of them are run and the rest is extrapolated, phase by phase.
 
 Shapes: B rows, L length, n images, C channels, S image size, D width, X vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +23,7 @@ from vlmamba.models.language import language_logits, run_language_model
 from vlmamba.models.language.loss import summed_loss
 from vlmamba.ssm.mixer import keeps_fp32
 from vlmamba.ssm.registry import use_backend
-from vlmamba.training.flops import counting
+from vlmamba.training.flops import Counter, alike_blocks, block_counts, copy_on_shapes
 from vlmamba.training.precision import autocast
 
 FORWARD = ("images", "language", "loss")
@@ -112,33 +109,24 @@ def trace_step(
             from fp32 in the forward pass.
         recompute: False: without the model's activation checkpointing.
     """
-
-    def trace(blocks: int | None) -> StepTrace:
-        return _trace(model, shape, precision, gathered=gathered, recompute=recompute, blocks=blocks)
-
-    few, more = _block_counts(model, recompute=recompute)
-    if few == more:
-        return trace(None)
-    return trace(few).along(trace(more), (len(_blocks(model)) - few) / (more - few))
-
-
-def _trace(
-    model: Any, shape: StepShape, precision: str, *, gathered: bool, recompute: bool, blocks: int | None
-) -> StepTrace:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True):  # tables that a connector keeps from call to call
-        copied = _copy_on_shapes(model, blocks)
-        if not recompute:
-            for module in copied.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.gradient_checkpointing = False
-        if gathered and precision == "bf16":
-            _cast_trained(copied)
-        memory = _Memory(copied, flops := counting())
-        with use_backend("shapes"), flops, memory:
-            _run(copied, shape, precision, memory)
-    return memory.trace
+    blocks = alike_blocks(model.language_model)
+
+    def trace(count: int) -> StepTrace:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # tables that a connector keeps from call to call
+            copied = copy_on_shapes(model, blocks, count, recompute=recompute)
+            if gathered and precision == "bf16":
+                _cast_trained(copied)
+            memory = _Memory(copied, flops := Counter())
+            with use_backend("shapes"), flops, memory:
+                _run(copied, shape, precision, memory)
+        return memory.trace
+
+    few, more = block_counts(blocks, recompute=recompute)
+    if few == more:
+        return trace(few)
+    return trace(few).along(trace(more), (len(blocks) - few) / (more - few))
 
 
 def _run(model: Any, shape: StepShape, precision: str, memory: _Memory) -> None:
@@ -173,55 +161,10 @@ def _run(model: Any, shape: StepShape, precision: str, memory: _Memory) -> None:
     memory.close()
 
 
-# --- the model on shapes ------------------------------------------------------------------------------------
-
-
-def _copy_on_shapes(model: Any, blocks: int | None) -> Any:
-    """The same modules around tensors without values; only so many blocks of the language model."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    if blocks is None:
-        return copy.deepcopy(model, memo)
-    layers = _blocks(model)
-    for layer in layers[blocks:]:
-        memo[id(layer)] = None
-    copied = copy.deepcopy(model, memo)
-    kept = _blocks(copied)
-    del kept[blocks:]
-    return copied
-
-
 def _cast_trained(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not keeps_fp32(name):
             parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _blocks(model: Any) -> nn.ModuleList:
-    """The repeated blocks of the language model: its first module list."""
-    return next((m for m in model.language_model.modules() if isinstance(m, nn.ModuleList)), nn.ModuleList())
-
-
-def _block_counts(model: Any, *, recompute: bool) -> tuple[int, int]:
-    """How many blocks to run, twice, for extrapolation; the same number twice where that would not do."""
-    blocks = _blocks(model)
-    signatures = [
-        [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
-        for block in blocks
-    ]
-    recomputed = [recompute and getattr(block, "gradient_checkpointing", False) for block in blocks]
-    period = next((i for i, flag in enumerate(recomputed[1:], start=1) if flag), 1) if any(recomputed) else 1
-    total = len(blocks)
-    few = period * -(-2 // period)
-    more = few + period
-    alike = all(s == signatures[0] for s in signatures)
-    if not alike or more >= total or (total - few) % period:
-        return total, total
-    return few, more
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -274,7 +217,7 @@ class _Memory(TorchDispatchMode):
     def phase(self, name: str) -> None:
         """Begin a phase."""
         if self.current:
-            now = float(self.flops.get_total_flops())
+            now = float(self.flops.total)
             self.trace.flops[self.current] = now - self.counted
             self.counted = now
         self.current = name

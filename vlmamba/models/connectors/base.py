@@ -51,6 +51,11 @@ class Connector(nn.Module):
         """T, the visual tokens of one image."""
         return self.num_patches
 
+    @property
+    def blocks(self) -> nn.ModuleList | None:
+        """Blocks that `project` runs one after another, however many there are; a planner runs a few of them."""
+        return None
+
     def project(self, features: Tensor) -> Tensor:
         """(B, V, F) patch features to (B, T, D) visual tokens."""
         raise NotImplementedError(f"{type(self).__name__} does not implement project()")

@@ -197,6 +197,11 @@ class QMambaConnector(Connector):
         """Q."""
         return self.num_queries
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks that queries go through."""
+        return self.layers
+
     def project(self, features: Tensor) -> Tensor:
         """(B, V, F) -> (B, Q, D)."""
         features = self.feature_norm(features if self.pre is None else self.pre(features))

@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 
 from vlmamba.common.vocabulary import IGNORE_INDEX
 from vlmamba.errors import ShapeError
+from vlmamba.ssm.checks import check_integers
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states (..., D) to logits (..., V): a module, or `families.language_logits` of a model."""
@@ -122,6 +123,7 @@ def loss_from_logits(
 
 def _summed(rows: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     logits = apply_head(head, rows)
+    check_integers("the loss", "labels", targets, limit=logits.shape[-1])
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
@@ -154,9 +156,13 @@ def select_rows(
             the last column, so that `generate` continues right-padded rows as it does left-padded ones.
 
     Raises:
-        ShapeError: A bool mask of another shape.
+        ShapeError: A number below 0, a bool mask of another shape, or positions that there are not.
     """
     if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ShapeError(
+                f"logits_to_keep is {logits_to_keep}; give 0 for all, or how many last positions"
+            )
         if logits_to_keep == 1 and attention_mask is not None:
             length = hidden.shape[1]
             columns = torch.arange(length, device=hidden.device)
@@ -170,6 +176,14 @@ def select_rows(
                 f"{tuple(hidden.shape[:2])} (batch, length)"
             )
         return hidden[logits_to_keep]
+    check_integers("logits_to_keep", "the tensor", logits_to_keep, limit=hidden.shape[1])
+    if logits_to_keep.dim() not in (1, 2) or (
+        logits_to_keep.dim() == 2 and logits_to_keep.shape[0] != hidden.shape[0]
+    ):
+        raise ShapeError(
+            f"logits_to_keep has shape {tuple(logits_to_keep.shape)} but the input has {hidden.shape[0]} rows; give "
+            f"positions (k) for all rows, or ({hidden.shape[0]}, k)"
+        )
     if logits_to_keep.dim() == 2:
         return _gather_rows(hidden, logits_to_keep)
     return hidden[:, logits_to_keep]

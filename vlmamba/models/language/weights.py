@@ -60,7 +60,7 @@ def load_weights_only(path: str | Path) -> object:
 
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not a readable safetensors file ({error}). It may be cut off or a Git LFS pointer; "
                 "download it again."
@@ -74,11 +74,39 @@ def load_weights_only(path: str | Path) -> object:
             "you can spare: safetensors.torch.save_file(torch.load(path, weights_only=False), "
             f"'model.safetensors'), and use that file. ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle makes the unpickler raise anything
         raise CheckpointError(
             f"{path}: not a readable weights file ({(str(error) or 'it ends early').splitlines()[0]}). "
             "It may be cut off or a Git LFS pointer; download it again."
         ) from error
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a .safetensors file, or to a pickle that holds nothing else.
+
+    Tensors that share memory (tied weights) are stored each by itself. Call it within
+    `vlmamba.common.files.replaced` or `replaced_directory`.
+
+    Args:
+        tensors: By name.
+        path: Its suffix says which.
+        metadata: For the header of a .safetensors file.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if path.suffix != ".safetensors":
+        torch.save(plain, path)
+        return
+    from safetensors.torch import save_file
+
+    stored: set[int] = set()
+    for name, tensor in plain.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in stored:
+            plain[name] = tensor.clone()
+        stored.add(place)
+    save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def weight_files(directory: str | Path) -> list[Path]:

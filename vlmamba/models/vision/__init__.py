@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlmamba.errors import ConfigError
-from vlmamba.models.vision.base import VisionEncoder
+from vlmamba.models.vision.base import Selection, VisionEncoder
 from vlmamba.registry import Registry
 
 if TYPE_CHECKING:
@@ -85,13 +85,8 @@ def load_vision_encoder(
         MissingFileError: Nothing at ``path``; the message says where to get it.
         CheckpointError: The checkpoint is of another family or incomplete.
     """
-    return encoders.get(family).from_pretrained(
-        path,
-        feature_layer=-2 if feature_layer is None else feature_layer,
-        image_size=image_size,
-        final_norm=final_norm,
-        dtype=dtype,
-    )
+    layer = -2 if feature_layer is None else feature_layer
+    return encoders.get(family).from_pretrained(path, Selection(layer, image_size, final_norm, dtype))
 
 
 __all__ = ["VisionEncoder", "build_vision_encoder", "encoders", "load_vision_encoder"]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,35 +19,21 @@ from vlmamba.registry import close_matches
 
 COMMON_KEYS = ("family", "feature_layer", "final_norm", "image_size", "config", "image")
 IMAGE_KEYS = ("mode", "mean", "std", "resample")
-WRITTEN_BY_TRANSFORMERS = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "quantization_config",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-    }
-)
-"""Keys that transformers and tools around it write into every config, and that describe no encoder."""
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a checkpoint is loaded, and how; the arguments of `vlmamba.models.vision.load_vision_encoder`."""
+
+    feature_layer: int = -2
+    image_size: int | None = None
+    final_norm: bool = False
+    dtype: torch.dtype | None = None
 
 
 class VisionEncoder(nn.Module, abc.ABC):
@@ -63,10 +51,13 @@ class VisionEncoder(nn.Module, abc.ABC):
         num_channels: Channels of the input: 3, or 3 * n for n fused encoders.
         feature_layer: Selected layer, an index into the hidden states (0 = embeddings, -1 = last block).
         final_norm: Whether the tower's final layer norm is applied to the selected features.
+        default_image: The family's image settings, without the size.
+        image: What the checkpoint's say differently.
     """
 
     family: ClassVar[str]
-    default_image: ClassVar[Mapping[str, Any]]
+    default_image: ClassVar[Mapping[str, Any]] = {}
+    image: Mapping[str, Any]
     hidden_size: int
     grid: tuple[int, int]
     image_size: int
@@ -81,26 +72,33 @@ class VisionEncoder(nn.Module, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_pretrained(
-        cls,
-        path: Any,
-        *,
-        feature_layer: int,
-        image_size: int | None,
-        final_norm: bool,
-        dtype: torch.dtype | None,
-    ) -> VisionEncoder:
+    def from_pretrained(cls, path: Any, wanted: Selection) -> VisionEncoder:
         """Pre-trained weights; see `vlmamba.models.vision.load_vision_encoder`."""
 
-    @abc.abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """Settings of the whole tower: the entry ``config`` of `config_dict`."""
+        raise NotImplementedError(f"{type(self).__name__} describes itself by config_dict alone")
+
     def config_dict(self) -> dict[str, Any]:
         """Plain, JSON-able dictionary from which `build_vision_encoder` rebuilds the same modules."""
+        result: dict[str, Any] = {
+            "family": self.family,
+            "feature_layer": self.feature_layer,
+            "final_norm": self.final_norm,
+            "image_size": self.image_size,
+            "config": self.architecture(),
+        }
+        return result | ({"image": dict(self.image)} if self.image else {})
 
-    @abc.abstractmethod
     def image_defaults(self) -> dict[str, Any]:
         """Image settings the encoder was trained with: size, mode, mean, std, resample (arguments of the
         image processor).
         """
+        chosen = {key: {**self.default_image, **self.image}[key] for key in IMAGE_KEYS}
+        return {
+            "size": self.image_size,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()},
+        }
 
     @abc.abstractmethod
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -140,11 +138,9 @@ class VisionEncoder(nn.Module, abc.ABC):
         expected = (self.num_channels, self.image_size, self.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ShapeError(
-                f"the {self.family} encoder takes pixel_values of shape (B, {expected[0]}, {expected[1]}, "
-                f"{expected[2]}) but "
-                f"got {tuple(pixel_values.shape)}. Give the image processor size={self.image_size} and "
-                f"{self.num_channels} means (encoder.image_defaults()), or load the encoder with another "
-                f"image_size."
+                f"the {self.family} encoder takes pixel_values of shape (B, {', '.join(map(str, expected))}) but got "
+                f"{tuple(pixel_values.shape)}. Give the image processor size={self.image_size} and "
+                f"{self.num_channels} means (encoder.image_defaults()), or load the encoder with another image_size."
             )
         dtype = next(self.parameters()).dtype
         if self.frozen:
@@ -155,6 +151,17 @@ class VisionEncoder(nn.Module, abc.ABC):
         return self.features(pixel_values.to(dtype)).to(dtype)
 
 
+@lru_cache(maxsize=1)
+def written_by_transformers() -> frozenset[str]:
+    """Keys that transformers and tools around it write into every config, and that describe no encoder."""
+    from transformers import PreTrainedConfig
+
+    tools = {"_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "attn_implementation"}
+    return frozenset(
+        {*PreTrainedConfig().to_dict(), *tools, "_name_or_path", "quantization_config", "torch_dtype"}
+    )
+
+
 def check_keys(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     """Refuse unknown keys, but for those that transformers adds.
 
@@ -162,7 +169,7 @@ def check_keys(config: Mapping[str, Any], known: tuple[str, ...], where: str) ->
         ConfigError: A key is not in `known`; names close matches.
     """
     for key in config:
-        if key not in known and key not in WRITTEN_BY_TRANSFORMERS:
+        if key not in known and key not in written_by_transformers():
             raise ConfigError(
                 f"{where}: unknown key {key!r}.{close_matches(str(key), list(known))} Known: "
                 f"{', '.join(known)}."
@@ -183,12 +190,25 @@ def blocks_needed(feature_layer: int, num_blocks: int, where: str) -> int:
         raise ConfigError(f"{where}: feature_layer must be an integer, got {feature_layer!r}.")
     if not -(num_blocks + 1) <= feature_layer <= num_blocks:
         raise ConfigError(
-            f"{where}: feature_layer {feature_layer} is out of range: the tower has {num_blocks} blocks, so "
-            f"it may be "
-            f"{-(num_blocks + 1)} to {num_blocks} (-2 is the output of the second-to-last block, 0 the "
-            f"embeddings)."
+            f"{where}: feature_layer {feature_layer} is out of range: the tower has {num_blocks} blocks, so it may be "
+            f"{-(num_blocks + 1)} to {num_blocks} (-2 is the output of the second-to-last block, 0 the embeddings)."
         )
     return feature_layer if feature_layer >= 0 else num_blocks + 1 + feature_layer
+
+
+def square_side(value: Any, name: str) -> int:
+    """The side of a square: an int, or a pair of equal ints.
+
+    Raises:
+        ConfigError: The pair is not equal.
+    """
+    if isinstance(value, list | tuple):
+        if len(set(value)) != 1:
+            raise ConfigError(
+                f"{name} {tuple(value)} is not square; only square images and patches are supported."
+            )
+        value = value[0]
+    return int(value)
 
 
 def patch_grid(image_size: int, patch_size: int, where: str) -> tuple[int, int]:

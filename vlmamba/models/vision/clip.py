@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlmamba.models.vision.base import CLIP_MEAN, CLIP_STD, resize_positions
-from vlmamba.models.vision.siglip import set_position_table
+from vlmamba.models.vision.siglip import SiglipEncoder, set_position_table
 from vlmamba.models.vision.transformers_tower import TransformersEncoder
 
 
@@ -25,20 +25,7 @@ class ClipEncoder(TransformersEncoder):
         "clip_vision_model": "clip_vision_model",
         "clip": "clip_vision_model",
     }
-    fields = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_channels",
-        "image_size",
-        "patch_size",
-        "hidden_act",
-        "layer_norm_eps",
-        "attention_dropout",
-        "initializer_range",
-        "initializer_factor",
-    )
+    fields = (*SiglipEncoder.fields, "initializer_range", "initializer_factor")
     norm_name = "post_layernorm"
     norm_in_output = False
     # openai/clip-vit-large-patch14-336, preprocessor_config.json

@@ -9,14 +9,15 @@ Shapes: B batch, n encoders, S image side, V visual tokens, D sum of the encoder
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlmamba.errors import ConfigError
-from vlmamba.models.vision import build_vision_encoder, encoders, load_vision_encoder
-from vlmamba.models.vision.base import VisionEncoder, check_keys
+from vlmamba.models.vision import build_vision_encoder, encoders
+from vlmamba.models.vision.base import Selection, VisionEncoder, check_keys
 
 _KEYS = ("family", "encoders", "image_size")
 
@@ -32,7 +33,6 @@ class FusedEncoder(VisionEncoder):
     """
 
     family = "fused"
-    default_image: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, towers: Sequence[VisionEncoder]) -> None:
         super().__init__()
@@ -42,12 +42,9 @@ class FusedEncoder(VisionEncoder):
         for tower in towers[1:]:
             if tower.image_size != first.image_size or tower.grid != first.grid:
                 raise ConfigError(
-                    f"fused encoders must share image size and patch grid: {first.family} has "
-                    f"{first.image_size} px and "
-                    f"{first.grid[0]} x {first.grid[1]} patches, {tower.family} has {tower.image_size} px "
-                    f"and "
-                    f"{tower.grid[0]} x {tower.grid[1]}. Set one image_size, and choose encoders of one "
-                    f"patch size."
+                    f"fused encoders must share image size and patch grid: {first.family} has {first.image_size} px "
+                    f"and {first.grid[0]} x {first.grid[1]} patches, {tower.family} has {tower.image_size} px and "
+                    f"{tower.grid[0]} x {tower.grid[1]}. Set one image_size, and choose encoders of one patch size."
                 )
         self.towers = nn.ModuleList(towers)
         self.grid = first.grid
@@ -73,35 +70,18 @@ class FusedEncoder(VisionEncoder):
         return cls([build_vision_encoder(part) for part in parts])
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: Any,
-        *,
-        feature_layer: int,
-        image_size: int | None,
-        final_norm: bool,
-        dtype: torch.dtype | None,
-    ) -> FusedEncoder:
+    def from_pretrained(cls, path: Any, wanted: Selection) -> FusedEncoder:
         """See `vlmamba.models.vision.load_vision_encoder`.
 
         Without ``image_size`` the last encoder's own is used for all (Cobra: SigLIP's 384 px).
         """
         parts = _parts(path)
-
-        def load(index: int, size: int | None) -> VisionEncoder:
-            family, where = parts[index]
-            return load_vision_encoder(
-                family,
-                where,
-                feature_layer=feature_layer,
-                image_size=size,
-                final_norm=final_norm,
-                dtype=dtype,
-            )
-
-        last = load(len(parts) - 1, image_size)
-        others = [load(index, image_size or last.image_size) for index in range(len(parts) - 1)]
-        return cls([*others, last])
+        family, where = parts[-1]
+        last = encoders.get(family).from_pretrained(where, wanted)
+        same = replace(wanted, image_size=last.image_size)
+        return cls(
+            [*(encoders.get(family).from_pretrained(where, same) for family, where in parts[:-1]), last]
+        )
 
     def config_dict(self) -> dict[str, Any]:
         """See `VisionEncoder.config_dict`."""

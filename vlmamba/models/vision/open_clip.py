@@ -23,10 +23,12 @@ from vlmamba.models.vision.base import (
     CLIP_MEAN,
     CLIP_STD,
     COMMON_KEYS,
+    Selection,
     VisionEncoder,
     blocks_needed,
     check_keys,
     resize_positions,
+    square_side,
 )
 
 _WHERE = "open_clip encoder"
@@ -81,28 +83,20 @@ class OpenClipEncoder(VisionEncoder):
             model_config,
             feature_layer=config.get("feature_layer", -2),
             final_norm=config.get("final_norm", False),
-            image_size=config.get("image_size") or _side(model_config["vision_cfg"].get("image_size", 224)),
+            image_size=config.get("image_size") or _side(model_config),
             image=config.get("image") or {},
         )
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: Any,
-        *,
-        feature_layer: int,
-        image_size: int | None,
-        final_norm: bool,
-        dtype: torch.dtype | None,
-    ) -> OpenClipEncoder:
+    def from_pretrained(cls, path: Any, wanted: Selection) -> OpenClipEncoder:
         """See `vlmamba.models.vision.load_vision_encoder`."""
         source = open_clip_sources.locate(str(path))
         _check_model_config(source.model_config, str(path))
-        native = _side(source.model_config["vision_cfg"].get("image_size", 224))
+        native = _side(source.model_config)
         encoder = cls(
             source.model_config,
-            feature_layer=feature_layer,
-            final_norm=final_norm,
+            feature_layer=wanted.feature_layer,
+            final_norm=wanted.final_norm,
             image_size=native,
             image=open_clip_sources.image_settings(source.preprocess, cls.default_image),
         )
@@ -115,18 +109,18 @@ class OpenClipEncoder(VisionEncoder):
         missing = [key for key in result.missing_keys if key not in buffers]
         if missing:
             raise CheckpointError(
-                f"{source.weights} is not complete: {len(missing)} tensors of the vision tower "
-                f"are missing, "
-                f"the first of them {', '.join(missing[:3])}."
+                f"{source.weights} is not complete: {len(missing)} tensors of the vision tower are missing, the first "
+                f"of them {', '.join(missing[:3])}."
             )
-        if image_size is not None and image_size != native:
+        image_size = wanted.image_size or native
+        if image_size != native:
             old = encoder.grid
             encoder._set_image_size(native, image_size)
             _keep_buffers(encoder.visual)
             encoder.grid, encoder.hidden_size = _probe(encoder)
             if encoder.grid != old:
                 sources.log_resize(cls.family, old, encoder.grid, image_size)
-        encoder.to(dtype or torch.float32)
+        encoder.to(wanted.dtype or torch.float32)
         return encoder
 
     def _set_image_size(self, old: int, new: int) -> None:
@@ -175,29 +169,9 @@ class OpenClipEncoder(VisionEncoder):
         visual: Any = self.visual
         visual.set_grad_checkpointing(enabled)
 
-    def config_dict(self) -> dict[str, Any]:
-        """See `VisionEncoder.config_dict`."""
-        result: dict[str, Any] = {
-            "family": self.family,
-            "feature_layer": self.feature_layer,
-            "final_norm": self.final_norm,
-            "image_size": self.image_size,
-            "config": copy.deepcopy(self.model_config),
-        }
-        if self.image:
-            result["image"] = dict(self.image)
-        return result
-
-    def image_defaults(self) -> dict[str, Any]:
-        """See `VisionEncoder.image_defaults`."""
-        chosen = {**self.default_image, **self.image}
-        return {
-            "size": self.image_size,
-            "mode": chosen["mode"],
-            "mean": list(chosen["mean"]),
-            "std": list(chosen["std"]),
-            "resample": chosen["resample"],
-        }
+    def architecture(self) -> dict[str, Any]:
+        """See `VisionEncoder.architecture`."""
+        return copy.deepcopy(self.model_config)
 
 
 def _check_model_config(model_config: Mapping[str, Any], where: str) -> None:
@@ -205,8 +179,7 @@ def _check_model_config(model_config: Mapping[str, Any], where: str) -> None:
     check_keys(model_config, (*_CONFIG_KEYS, "init_logit_bias", "init_logit_scale"), f"{_WHERE}, {where}")
     if not isinstance(model_config.get("vision_cfg"), Mapping) or "embed_dim" not in model_config:
         raise ConfigError(
-            f"{_WHERE}, {where}: needs 'embed_dim' and 'vision_cfg' as in open_clip's model configs; got "
-            f"the keys "
+            f"{_WHERE}, {where}: needs 'embed_dim' and 'vision_cfg' as in open_clip's model configs; got the keys "
             f"{sorted(model_config)}."
         )
 
@@ -272,9 +245,8 @@ def _cut(visual: Any, kind: str, feature_layer: int, final_norm: bool) -> int:
     stage = blocks_needed(feature_layer, stages, _WHERE) - 1
     if stage < 0:
         raise ConfigError(
-            f"{_WHERE}: feature_layer {feature_layer} selects the embeddings, but this tower of {stages} "
-            f"stages has none: "
-            f"choose -{stages} to -1."
+            f"{_WHERE}: feature_layer {feature_layer} selects the embeddings, but this tower of {stages} stages has "
+            f"none: choose -{stages} to -1."
         )
     if final_norm and stage != stages - 1:
         raise ConfigError(f"{_WHERE}: final_norm fits only the last of {stages} stages (feature_layer -1).")
@@ -291,7 +263,7 @@ def _native_size(visual: Any) -> int:
     """Image side the tower was built for (timm models know their own; others are built for the asked one)."""
     embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
     size = getattr(embed, "img_size", None)
-    return _side(size if size is not None else visual.image_size)
+    return square_side(size if size is not None else visual.image_size, f"{_WHERE}: image_size")
 
 
 def _probe(encoder: OpenClipEncoder) -> tuple[tuple[int, int], int]:
@@ -318,10 +290,6 @@ def _probe(encoder: OpenClipEncoder) -> tuple[tuple[int, int], int]:
     return (int(result.shape[2]), int(result.shape[3])), int(result.shape[1])
 
 
-def _side(size: Any) -> int:
-    """The side of a square size."""
-    if isinstance(size, (list, tuple)):
-        if len(set(size)) != 1:
-            raise ConfigError(f"{_WHERE}: image_size {tuple(size)} is not square.")
-        size = size[0]
-    return int(size)
+def _side(model_config: Mapping[str, Any]) -> int:
+    """Image side that a model config asks for."""
+    return square_side(model_config["vision_cfg"].get("image_size", 224), f"{_WHERE}: image_size")

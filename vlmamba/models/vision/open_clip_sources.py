@@ -103,16 +103,14 @@ def visual_state(path: str) -> dict[str, torch.Tensor]:
 
 def image_settings(preprocess: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """What open_clip's preprocessing settings say differently from the defaults."""
-    settings: dict[str, Any] = {}
-    for key in ("mean", "std"):
-        if preprocess.get(key):
-            settings[key] = [float(x) for x in preprocess[key]]
-    if preprocess.get("interpolation") in ("bicubic", "bilinear"):
-        settings["resample"] = preprocess["interpolation"]
-    if preprocess.get("resize_mode") in _RESIZE_MODES:
-        settings["mode"] = _RESIZE_MODES[preprocess["resize_mode"]]
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
-    return {key: value for key, value in settings.items() if value != plain.get(key)}
+    resample = preprocess.get("interpolation")
+    return sources.differences(
+        defaults,
+        preprocess.get("mean"),
+        preprocess.get("std"),
+        resample=resample if resample in ("bicubic", "bilinear") else None,
+        mode=_RESIZE_MODES.get(preprocess.get("resize_mode", "")),
+    )
 
 
 def _with_config(where: str, weights: str) -> Source:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.files import read_json
 from vlmamba.errors import CheckpointError, MissingFileError
 from vlmamba.models.vision import encoders
 from vlmamba.models.vision.presets import FAMILY_HUB_IDS, HUB_IDS
@@ -39,8 +39,7 @@ def resolve(path: str, family: str) -> str:
         return str(local)
     if local.is_file():
         raise MissingFileError(
-            f"{path} is a file, but the {family} family loads a directory with config.json and its weights. "
-            f"Give the directory."
+            f"{path} is a file, but the {family} family loads a directory with config.json and its weights. Give that."
         )
     if looks_like_hub_id(path):
         return path
@@ -70,10 +69,7 @@ def read_config(path: str, family: str, filename: str = "config.json") -> dict[s
         CheckpointError: It is not a JSON object.
     """
     found = fetch(path, family, filename)
-    try:
-        content = json.loads(Path(found).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{found} is not valid JSON: {error}. Download it again.") from error
+    content = read_json(found)
     if not isinstance(content, dict):
         raise CheckpointError(f"{found} holds a {type(content).__name__}, not a JSON object.")
     return content
@@ -104,11 +100,8 @@ def fetch(path: str, family: str, filename: str) -> str:
 
 def other_family(model_type: Any) -> str:
     """A sentence naming the family that can load a model_type, if any."""
-    from vlmamba.models.vision.transformers_tower import TransformersEncoder
-
-    for name in ("siglip", "siglip2", "clip", "dinov2"):
-        family = encoders.get(name)
-        if issubclass(family, TransformersEncoder) and model_type in family.checkpoint_types:
+    for name in encoders.names():
+        if model_type in getattr(encoders.get(name), "checkpoint_types", ()):
             return f" Use family {name!r}."
     return ""
 
@@ -122,15 +115,25 @@ def image_settings(path: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         found = read_config(path, "", "preprocessor_config.json")
     except MissingFileError:
         return {}
-    settings: dict[str, Any] = {}
-    if found.get("image_mean"):
-        settings["mean"] = [float(x) for x in found["image_mean"]]
-    if found.get("image_std"):
-        settings["std"] = [float(x) for x in found["image_std"]]
-    if found.get("resample") in RESAMPLE_NAMES:
-        settings["resample"] = RESAMPLE_NAMES[found["resample"]]
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
-    return {key: value for key, value in settings.items() if value != plain.get(key)}
+    resample = RESAMPLE_NAMES.get(found.get("resample", -1))
+    return differences(defaults, found.get("image_mean"), found.get("image_std"), resample=resample)
+
+
+def differences(
+    defaults: Mapping[str, Any], mean: Any, std: Any, *, resample: str | None, mode: str | None = None
+) -> dict[str, Any]:
+    """The image settings found in a checkpoint that are not the family's defaults; what is empty was not found."""
+    found = {
+        "mode": mode,
+        "mean": tuple(float(x) for x in mean or ()),
+        "std": tuple(float(x) for x in std or ()),
+        "resample": resample,
+    }
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in found.items()
+        if value and value != defaults.get(key)
+    }
 
 
 def log_resize(family: str, old: tuple[int, int], new: tuple[int, int], image_size: int) -> None:

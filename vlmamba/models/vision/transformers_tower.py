@@ -20,7 +20,15 @@ from torch import nn
 
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
 from vlmamba.models.vision import sources
-from vlmamba.models.vision.base import COMMON_KEYS, VisionEncoder, blocks_needed, check_keys, patch_grid
+from vlmamba.models.vision.base import (
+    COMMON_KEYS,
+    Selection,
+    VisionEncoder,
+    blocks_needed,
+    check_keys,
+    patch_grid,
+    square_side,
+)
 
 
 class TransformersEncoder(VisionEncoder):
@@ -64,7 +72,7 @@ class TransformersEncoder(VisionEncoder):
     @classmethod
     def native_size(cls, config: Any) -> int:
         """Image side that the position table of a config is made for."""
-        return _square(config.image_size, "image_size")
+        return square_side(config.image_size, "image_size")
 
     @classmethod
     def set_native_size(cls, config: Any, image_size: int) -> None:
@@ -91,7 +99,7 @@ class TransformersEncoder(VisionEncoder):
         self.num_channels = full.num_channels
         self.hidden_size = full.hidden_size
         self.image = dict(image)
-        self.grid = patch_grid(image_size, _square(full.patch_size, "patch_size"), f"{self.family} encoder")
+        self.grid = self._grid(full, image_size)
         if not final_norm:
             setattr(self.body, self.norm_name, nn.Identity())
 
@@ -100,7 +108,6 @@ class TransformersEncoder(VisionEncoder):
         """The module that holds embeddings, encoder and norm (one level down in older transformers)."""
         return getattr(self.model, "vision_model", self.model)
 
-    # ---- building ----
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VisionEncoder:
         """See `vlmamba.models.vision.build_vision_encoder`."""
@@ -124,20 +131,12 @@ class TransformersEncoder(VisionEncoder):
         )
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: Any,
-        *,
-        feature_layer: int,
-        image_size: int | None,
-        final_norm: bool,
-        dtype: torch.dtype | None,
-    ) -> VisionEncoder:
+    def from_pretrained(cls, path: Any, wanted: Selection) -> VisionEncoder:
         """See `vlmamba.models.vision.load_vision_encoder`."""
         path = sources.resolve(str(path), family=cls.family)
         full = cls._checkpoint_config(path)
         _, model_class = cls.classes(full.model_type)
-        truncated = cls._truncated(full, feature_layer)
+        truncated = cls._truncated(full, wanted.feature_layer)
         try:
             with _quiet():
                 model, info = model_class.from_pretrained(
@@ -145,7 +144,7 @@ class TransformersEncoder(VisionEncoder):
                     config=truncated,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # told below, with the shapes
-                    dtype=dtype or torch.float32,
+                    dtype=wanted.dtype or torch.float32,
                 )
         except OSError as error:
             raise MissingFileError(sources.missing(path, cls.family, str(error).splitlines()[0])) from error
@@ -156,9 +155,9 @@ class TransformersEncoder(VisionEncoder):
         encoder = cls(
             full,
             model,
-            feature_layer=feature_layer,
-            final_norm=final_norm,
-            image_size=image_size or native,
+            feature_layer=wanted.feature_layer,
+            final_norm=wanted.final_norm,
+            image_size=wanted.image_size or native,
             image=sources.image_settings(path, cls.default_image),
         )
         native_grid = cls._grid(full, native)
@@ -171,7 +170,7 @@ class TransformersEncoder(VisionEncoder):
 
     @classmethod
     def _grid(cls, full: Any, image_size: int) -> tuple[int, int]:
-        return patch_grid(image_size, _square(full.patch_size, "patch_size"), f"{cls.family} encoder")
+        return patch_grid(image_size, square_side(full.patch_size, "patch_size"), f"{cls.family} encoder")
 
     @classmethod
     def _config(cls, settings: Mapping[str, Any]) -> Any:
@@ -219,7 +218,6 @@ class TransformersEncoder(VisionEncoder):
         settings["num_hidden_layers"] = blocks
         return type(full)(**settings, attn_implementation="sdpa")
 
-    # ---- running ----
     def run(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """All tokens of the model's output, (B, N + V, D)."""
         return self.model(pixel_values).last_hidden_state
@@ -241,32 +239,11 @@ class TransformersEncoder(VisionEncoder):
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    # ---- describing ----
-    def config_dict(self) -> dict[str, Any]:
-        """See `VisionEncoder.config_dict`."""
+    def architecture(self) -> dict[str, Any]:
+        """See `VisionEncoder.architecture`."""
         model_type = self.full_config.model_type
         settings = {key: getattr(self.full_config, key) for key in self.fields_of(model_type)}
-        result: dict[str, Any] = {
-            "family": self.family,
-            "feature_layer": self.feature_layer,
-            "final_norm": self.final_norm,
-            "image_size": self.image_size,
-            "config": {"model_type": model_type, **settings},
-        }
-        if self.image:
-            result["image"] = dict(self.image)
-        return result
-
-    def image_defaults(self) -> dict[str, Any]:
-        """See `VisionEncoder.image_defaults`."""
-        chosen = {**self.default_image, **self.image}
-        return {
-            "size": self.image_size,
-            "mode": chosen["mode"],
-            "mean": list(chosen["mean"]),
-            "std": list(chosen["std"]),
-            "resample": chosen["resample"],
-        }
+        return {"model_type": model_type, **settings}
 
 
 def _check_loading(info: Mapping[str, Any], path: str, family: str) -> None:
@@ -274,28 +251,15 @@ def _check_loading(info: Mapping[str, Any], path: str, family: str) -> None:
     wrong = sorted(str(key) for key in info.get("mismatched_keys") or ())
     if wrong:
         raise CheckpointError(
-            f"{path} does not fit the {family} family as its config.json describes it: {len(wrong)} tensors "
-            f"have another "
-            f"shape, the first of them {wrong[0]} (in the file, in the model)."
+            f"{path} does not fit the {family} family as its config.json describes it: {len(wrong)} tensors have "
+            f"another shape, the first of them {wrong[0]} (in the file, in the model)."
         )
     lost = sorted(str(key) for key in info["missing_keys"])
     if lost:
         raise CheckpointError(
-            f"{path} is not a complete {family} vision checkpoint: {len(lost)} tensors are missing, the "
-            f"first of "
+            f"{path} is not a complete {family} vision checkpoint: {len(lost)} tensors are missing, the first of "
             f"them {', '.join(lost[:3])}. Download it again ({sources.advice(path, family)})."
         )
-
-
-def _square(value: Any, name: str) -> int:
-    """An int, or a pair of equal ints, as an int."""
-    if isinstance(value, (list, tuple)):
-        if len(set(value)) != 1:
-            raise ConfigError(
-                f"{name} {tuple(value)} is not square; only square images and patches are supported."
-            )
-        return int(value[0])
-    return int(value)
 
 
 @contextmanager

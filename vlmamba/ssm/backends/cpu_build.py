@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
+from vlmamba.common.files import cache_folder, replaced
 from vlmamba.ssm.registry import forget_choices
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "VLMAMBA_CACHE"
 LEVEL_VARIABLE = "VLMAMBA_CPU_LEVEL"
 NATIVE = "native"
 COMPILERS = ("c++", "g++", "clang++")
@@ -74,11 +74,6 @@ def forget() -> None:
     with _lock:
         _loaded.clear()
     forget_choices()
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "vlmamba").expanduser()
 
 
 def find_compiler() -> list[str]:
@@ -140,7 +135,9 @@ def _build_and_load(check: Callable[[Library], str | None]) -> Library:
         library = _open(path) if path.is_file() else None
         if library is None:
             content = _compile(compiler, sources)
-            _place(content, path)
+            with replaced(path) as temporary:
+                temporary.write_bytes(content)
+                temporary.chmod(0o700)
             library = _open(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         logger.warning("cannot keep the native CPU kernel (%s); it is compiled for this process alone", error)
@@ -205,19 +202,6 @@ def _compile(compiler: list[str], sources: dict[str, bytes]) -> bytes:
                 said[-3:]
             )
     raise _BuildError(trouble)
-
-
-def _place(content: bytes, path: Path) -> None:
-    """Write a file so that others see all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o700)
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _open(path: Path) -> Library | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmamba.errors import BackendError
 from vlmamba.ssm import compiled
 from vlmamba.ssm.dispatch import needs_grad
-from vlmamba.ssm.spec import Backend, ConvCall, ScanCall, Verdict
+from vlmamba.ssm.spec import Backend, ConvCall, ScanCall, ScanSpec, Verdict
 
 KEEP = 16
 """Tokens between two kept states, as in `triton_scan` and the native scan."""
@@ -80,21 +80,23 @@ def conv(call: ConvCall) -> Tensor:
     return y
 
 
-def available() -> Verdict:
-    """Under FakeTensorMode."""
+def supports(spec: ScanSpec) -> Verdict:
+    """Tensors of the meta device, and those under FakeTensorMode."""
     from torch._guards import detect_fake_mode
 
-    return True if detect_fake_mode() is not None else "it computes nothing; it is for planning"
+    if spec.device == "meta" or detect_fake_mode() is not None:
+        return True
+    return "it computes nothing; it is for planning"
 
 
 def _refuse_values(tensor: Tensor) -> None:
     from torch._subclasses.fake_tensor import FakeTensor
 
-    if not isinstance(tensor, FakeTensor):
+    if not (tensor.is_meta or isinstance(tensor, FakeTensor)):
         raise BackendError(
             "backend 'shapes' computes nothing and was given real tensors; it serves `vlmamba plan` alone. Leave the "
             "choice of the backend free."
         )
 
 
-BACKEND = Backend(name="shapes", priority=-10, scan=scan, conv=conv, available=available)
+BACKEND = Backend(name="shapes", priority=-10, scan=scan, conv=conv, supports=supports)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlmamba.training.parallel.group import GroupParallel
+from vlmamba.training.parallel.base import Parallel
 
 ALWAYS_USED = ("multi_modal_projector.", "language_model.")
 """Parts of which every parameter takes part in every forward pass. An encoder that trains may end in layers behind the
 one whose features are taken."""
 
 
-class DDP(GroupParallel):
+class DDP(Parallel):
     """`torch.nn.parallel.DistributedDataParallel`."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -40,7 +38,3 @@ class DDP(GroupParallel):
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged in the last micro-step only."""
         return contextlib.nullcontext() if last else model.no_sync()  # type: ignore[operator]
-
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-        """As in one process: the gradients are the same in all."""
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)

@@ -5,6 +5,7 @@ bf16 the blocks are gathered in bf16 from fp32 masters, and gradients are reduce
 - what is frozen, such as the encoder or the weights under adapters (unless `sharding.shard_frozen`);
 - under bf16, the parameters that the scan reads in fp32 (`FP32_PARAMETERS`, a few MB), whose gradients are summed here.
 
+Gradients are reduced in every micro-step: kept whole, they would take the memory that cutting saves.
 With `sharding.shard` = "grads" a block stays gathered from its forward to its backward, "full" gathers it twice.
 Source of the interface: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -14,34 +15,27 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from vlmamba.common.processes import Launch
 from vlmamba.errors import ConfigError
 from vlmamba.ssm.mixer import keeps_fp32
 from vlmamba.training.config import TrainConfig
-from vlmamba.training.parallel.group import GroupParallel
-from vlmamba.training.parallel.launch import Launch
+from vlmamba.training.parallel.base import Parallel
 
 
-class FSDP2(GroupParallel):
-    """`torch.distributed.fsdp.fully_shard`.
-
-    Args:
-        device: Where this process computes.
-        launch: Its place among the processes.
-        config: `precision` and `sharding`.
-    """
+class FSDP2(Parallel):
+    """`torch.distributed.fsdp.fully_shard`, by the settings `precision` and `sharding`."""
 
     layout: Literal["whole", "shards"] = "shards"
     replicated = False
 
     def __init__(self, device: torch.device, launch: Launch, config: TrainConfig) -> None:
-        super().__init__(device, launch)
+        super().__init__(device, launch, config)
         self.sharding, self.precision = config.sharding, config.precision
         self.mesh = self._mesh()
         self.whole: list[nn.Parameter] = []
@@ -92,10 +86,6 @@ class FSDP2(GroupParallel):
         if self.precision == "bf16":
             ignored.update(p for name, p in model.named_parameters() if keeps_fp32(name))
         return ignored
-
-    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are reduced in every micro-step: kept whole, they would take the memory that cutting saves."""
-        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmamba.common.processes import Launch
 from vlmamba.errors import ConfigError, MissingFileError, require
 from vlmamba.training.config import TrainConfig
+from vlmamba.training.parallel.base import Parallel
 from vlmamba.training.parallel.fsdp2 import blocks
-from vlmamba.training.parallel.group import GroupParallel
-from vlmamba.training.parallel.launch import Launch
 
 FILES = {2: "train/deepspeed/zero2.json", 3: "train/deepspeed/zero3.json"}
 OURS = (
@@ -101,25 +101,18 @@ def zero_sizes(config: TrainConfig, stage: int) -> dict[str, float]:
     return {key: sizes[key] if value == "auto" else value for key, value in found.items()}
 
 
-class ZeRO(GroupParallel):
-    """DeepSpeed's engine.
+class ZeRO(Parallel):
+    """DeepSpeed's engine; `stage` is 2 or 3."""
 
-    Args:
-        device: Where this process computes.
-        launch: Its place among the processes.
-        config: The run.
-        stage: 2 or 3.
-    """
-
+    stage: int
     replicated = False
 
-    def __init__(self, device: torch.device, launch: Launch, config: TrainConfig, stage: int) -> None:
-        self.config, self.stage = config, stage
-        self.settings = engine_settings(config, stage)
+    def __init__(self, device: torch.device, launch: Launch, config: TrainConfig) -> None:
+        self.settings = engine_settings(config, self.stage)
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        self._deepspeed: Any = require("deepspeed", extra="deepspeed", feature=f"parallel zero{stage}")
-        super().__init__(device, launch)
+        self._deepspeed: Any = require("deepspeed", extra="deepspeed", feature=f"parallel zero{self.stage}")
+        super().__init__(device, launch, config)
         self.engine: Any = None
         self.names: dict[str, nn.Parameter] = {}
         self._last = True
@@ -267,3 +260,15 @@ class ZeRO(GroupParallel):
             [parameter], modifier_rank=0
         )
         return gathered
+
+
+class ZeRO2(ZeRO):
+    """Cuts gradients and optimizer states."""
+
+    stage = 2
+
+
+class ZeRO3(ZeRO):
+    """Cuts the weights too."""
+
+    stage = 3
