@@ -97,9 +97,13 @@ def as_html(samples: Sequence[Shown], *, title: str) -> str:
     )
     body = "".join(_article(shown) for shown in samples)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
-        f'<h1>{escape(title)}</h1><p>What is learnt is <span class="learnt">marked</span>.</p>{body}</html>\n'
-    )
+        (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
+            f'<h1>{escape(title)}</h1><p>What is learnt is <span class="learnt">marked</span>.</p>{body}</html>\n'
+        )
+        .encode("utf-8", "xmlcharrefreplace")
+        .decode("utf-8")
+    )  # names that are no text
 
 
 def _article(shown: Shown) -> str:
