@@ -373,3 +373,124 @@ def test_pictures_of_any_kind_are_the_same_picture(processor, tmp_path):
     assert (pixels == pixels[0]).all()
     with pytest.raises(DataError, match="none of the keys 'image', 'path', 'url', 'base64'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True)
+
+
+# ---- what a conversation may hold ----
+def user(*parts, **keys):
+    return [{"role": "user", "content": list(parts), **keys}]
+
+
+WORDS_PART = {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("chat", "says_"),
+    [
+        ("What?", "a conversation is a list of messages, not 'W'"),
+        ([], r"a conversation is a list of messages, not \[\]"),
+        ([["What?"]], "message 0 is 'What\\?', not a dictionary"),
+        ([{"content": "What?"}], "message 0 has no role"),
+        ([{"role": "user", "content": None}], r"message 0 \(of the user\): content is None, not a text"),
+        ([{"role": "user"}], "content is None"),
+        ([{"role": "user", "content": 3}], "content is 3"),
+        ([{"role": "user", "content": WORDS_PART}], "content is {'type': 'text'"),
+        (
+            [*user(WORDS_PART), {"role": "assistant", "content": "a", "contnt": "b"}],
+            r"message 1 .*'contnt' has no meaning here. Did you mean 'content'",
+        ),
+        (user(WORDS_PART, name="Ann"), "'name' has no meaning here"),
+        (user(WORDS_PART, image="a.png"), "'image' has no meaning here"),
+        (user(WORDS_PART, tool_calls=[{"x": 1}]), "'tool_calls' has no meaning here"),
+        (user("What?"), "part 0 is 'What\\?', not a dictionary"),
+        (
+            user(WORDS_PART, {"type": "img"}),
+            r"part 1 is of type 'img', which is not known here. Did you mean 'image'",
+        ),
+        (user({"type": "video", "video": "v.mp4"}), "is of type 'video'"),
+        (user({"type": "input_image", "image_url": "a.png"}), "is of type 'input_image'"),
+        (user({"text": "What?"}), "is of type None"),
+        (user({"type": "text"}), "text is None, not a text"),
+        (user({"type": "text", "text": ["a"]}), r"text is \['a'\], not a text"),
+        (user({"type": "text", "text": "a", "cache_control": {}}), "'cache_control' has no meaning here"),
+        (user({"type": "image", "imgae": "a.png"}), "'imgae' has no meaning here. Did you mean 'image'"),
+        (user({"type": "image", "image": PICTURE, "path": "a.png"}), "holds several images: image, path"),
+        (user({"type": "image_url", "url": "a.png"}), "'url' has no meaning here"),
+        (user({"type": "image_url", "image_url": {"path": "a.png"}}), "'path' has no meaning here"),
+        (
+            user({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}),
+            "'detail' has no meaning",
+        ),
+        (user({"type": "image_url", "image_url": None}), "image_url holds no url"),
+        (user({"type": "image", "index": 1}, {"type": "image", "index": 0}), "in the order of their parts"),
+    ],
+)
+def test_nothing_of_a_conversation_is_dropped(processor, chat, says_):
+    for tokenize in (False, True):
+        with pytest.raises(DataError, match=says_):
+            processor.apply_chat_template(chat, tokenize=tokenize)
+    if isinstance(chat, list) and chat and isinstance(chat[0], dict):
+        with pytest.raises(DataError, match=says_):
+            processor.encode_messages(chat)
+
+
+def test_what_other_tools_write_is_understood(processor, tmp_path):
+    PICTURE.save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    wanted = processor.apply_chat_template(
+        user({"type": "image", "image": PICTURE}, WORDS_PART), tokenize=True, return_tensors="pt"
+    )
+    for part in (
+        {"type": "image_url", "image_url": {"url": path, "detail": "auto"}},  # OpenAI
+        {"type": "image", "image": path, "index": 0, "text": None},  # vsft
+        {"type": "image", "path": path, "url": None, "base64": None},  # a table's row
+    ):
+        got = processor.apply_chat_template(user(part, WORDS_PART), tokenize=True, return_tensors="pt")
+        assert got["input_ids"].tolist() == wanted["input_ids"].tolist()
+        assert torch.equal(got["pixel_values"], wanted["pixel_values"])
+    # LLaVA-NeXT: places in the chat, pictures beside the text
+    text = processor.apply_chat_template(user({"type": "image"}, WORDS_PART))
+    got = processor(images=path, text=text, return_tensors="pt")
+    assert got["input_ids"].tolist() == wanted["input_ids"].tolist()
+    assert torch.equal(got["pixel_values"], wanted["pixel_values"])
+
+
+def test_keys_that_a_template_looks_up_are_its_own(processor):
+    chat = user(WORDS_PART, name="Ann")
+    for look in ("m.name", "m['name']", "m.get('name')"):
+        template = "{% for m in messages %}{{ " + look + " }}: {{ m.content[0].text }}{% endfor %}"
+        assert processor.apply_chat_template(chat, chat_template=template) == "Ann: What?"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "{{ sistem }}",
+        "{{ messages[0].contnt }}",
+        "{% for m in mesages %}{% endfor %}",
+        "{{ 'a' + b }}",
+        "{{ messages[0].content[0].text + 1 }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_what_a_template_does_not_know_raises(processor, wrong):
+    with pytest.raises(DataError, match="the chat template refuses this conversation"):
+        processor.apply_chat_template(user(WORDS_PART), chat_template=wrong)
+    maybe = "{% if tools %}no{% endif %}{% if messages[0].tool_calls is defined %}no{% endif %}yes"
+    assert processor.apply_chat_template(user(WORDS_PART), chat_template=maybe) == "yes"
+
+
+def test_an_answer_without_loss_is_not_supervised(processor):
+    chat = [
+        asks("What?", image=False),
+        {**says("one"), "loss": False},
+        asks("And?", image=False),
+        says("two"),
+    ]
+    whole = processor.encode_messages([{k: v for k, v in m.items() if k != "loss"} for m in chat])
+    part = processor.encode_messages(chat)
+    assert part.input_ids == whole.input_ids
+    assert decode(processor, part.labels) == " two<|endoftext|>"
+    masks = processor.apply_chat_template(chat, tokenize=True, return_assistant_tokens_mask=True)[
+        "assistant_masks"
+    ][0]
+    assert [bool(mask) for mask in masks] == [label != -100 for label in part.labels]

@@ -124,13 +124,34 @@ def template_variables(template: str) -> frozenset[str]:
     return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(template)))
 
 
+@functools.lru_cache(maxsize=32)
+def _keys(template: str) -> frozenset[str]:
+    """What a template may look up in a message: names after a dot, in brackets, in calls (``message.get("name")``)."""
+    tree = _environment().parse(template)
+    names = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Call)):
+        for inner in [node.arg] if isinstance(node, jinja2.nodes.Getitem) else node.args:
+            if isinstance(inner, jinja2.nodes.Const) and isinstance(inner.value, str):
+                names.add(inner.value)
+    return frozenset(names - {"text", "type"})
+
+
+class _Undefined(jinja2.Undefined):
+    """May be tested, as templates do (``{% if tools %}``), but neither written nor looped over."""
+
+    __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error  # type: ignore[assignment]
+
+
 @functools.lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        undefined=_Undefined,
     )
     environment.globals["raise_exception"] = raise_exception
     return environment
@@ -139,6 +160,94 @@ def _environment() -> ImmutableSandboxedEnvironment:
 @functools.lru_cache(maxsize=32)
 def _compiled(template: str) -> jinja2.Template:
     return _environment().from_string(template)
+
+
+def plain_messages(messages: Any, template: str) -> list[Message]:
+    """Messages in the one form that templates know: OpenAI's images as ours, without what is null.
+
+    Nothing is dropped: a message has a role, a content, perhaps a loss, and what its template looks up; a part is text
+    (``{"type": "text", "text": ...}``), an image (``image``, ``path``, ``url`` or ``base64``, or none where images come
+    beside the text) or OpenAI's ``image_url``.
+
+    Raises:
+        DataError: It is none of this; the message says which message, part and key.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise DataError(f"a conversation is a list of messages, not {messages!r:.80}")
+    found: list[Message] = []
+    images = 0
+    for number, message in enumerate(messages):
+        where = f"message {number}"
+        plain = _without_nulls(message, where)
+        if not isinstance(plain.get("role"), str):
+            raise DataError(f"{where} has no role: {message!r:.80}")
+        where = f"{where} (of the {plain['role']})"
+        content = plain.get("content")
+        if not isinstance(content, str | list | tuple):
+            raise DataError(f"{where}: content is {content!r:.80}, not a text or a list of parts")
+        _refuse_keys(plain, {"role", "content", "loss", *_keys(template)}, where)
+        if not isinstance(content, str):
+            plain["content"] = [
+                _plain_part(part, f"{where}, part {place}") for place, part in enumerate(content)
+            ]
+            for part in plain["content"]:
+                if part["type"] == "image":
+                    if part.pop("index", images) != images:
+                        raise DataError(
+                            f"{where}: images are given in the order of their parts; leave out index"
+                        )
+                    images += 1
+        found.append(plain)
+    return found
+
+
+IMAGE_KEYS = ("image", "path", "url", "base64")
+
+
+def _plain_part(part: Any, where: str) -> dict[str, Any]:
+    plain = _without_nulls(part, where)
+    kind = plain.get("type")
+    if kind == "image_url":
+        _refuse_keys(plain, {"type", "image_url"}, where)
+        url = plain.get("image_url")
+        if isinstance(url, Mapping):
+            _refuse_keys({k: v for k, v in url.items() if (k, v) != ("detail", "auto")}, {"url"}, where)
+            url = url.get("url")
+        if not isinstance(url, str):
+            raise DataError(f"{where}: image_url holds no url")
+        return {"type": "image", "url": url}
+    if kind == "image":
+        _refuse_keys(plain, {"type", "index", *IMAGE_KEYS}, where)
+        if sum(key in plain for key in IMAGE_KEYS) > 1:
+            raise DataError(
+                f"{where} holds several images: {', '.join(key for key in IMAGE_KEYS if key in plain)}"
+            )
+        return plain
+    if kind != "text":
+        known = ["text", "image", "image_url"]
+        raise DataError(
+            f"{where} is of type {kind!r}, which is not known here.{close_matches(str(kind), known)} Known: "
+            f"{', '.join(known)}."
+        )
+    _refuse_keys(plain, {"type", "text"}, where)
+    if not isinstance(plain.get("text"), str):
+        raise DataError(f"{where}: text is {plain.get('text')!r:.80}, not a text")
+    return plain
+
+
+def _without_nulls(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} is {value!r:.80}, not a dictionary")
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def _refuse_keys(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise DataError(
+                f"{where}: {key!r} has no meaning here.{close_matches(str(key), sorted(known))} Known: "
+                f"{', '.join(sorted(known))}."
+            )
 
 
 def render_segments(
@@ -174,7 +283,14 @@ def render_segments(
         text = _compiled(template).render(
             messages=safe, add_generation_prompt=add_generation_prompt, **dict(variables or {})
         )
-    except jinja2.TemplateError as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+    ) as error:
         roles = [m.get("role") for m in messages]
         raise DataError(f"the chat template refuses this conversation: {error} (roles: {roles})") from error
     parts = text.split(_START)

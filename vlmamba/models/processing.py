@@ -20,10 +20,12 @@ from vlmamba.common.images import from_base64
 from vlmamba.common.vocabulary import IGNORE_INDEX, IMAGE_TOKEN, Message
 from vlmamba.errors import ConfigError, DataError
 from vlmamba.models.chat import (
+    IMAGE_KEYS,
     Piece,
     Segment,
     marks_answers,
     pieces_of,
+    plain_messages,
     plain_text,
     render_segments,
     template_variables,
@@ -105,7 +107,10 @@ class VLMambaProcessor(ProcessorMixin):
         Returns:
             The ids, the labels (supervised exactly inside the template's generation blocks) and the image count.
         """
-        return self._encode(self._segments(messages, add_generation_prompt, self._template()))
+        template = self._template()
+        return self._encode(
+            self._segments(plain_messages(messages, template), add_generation_prompt, template)
+        )
 
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, **options: Any
@@ -184,7 +189,7 @@ class VLMambaProcessor(ProcessorMixin):
             )
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations = [
-            _plain_messages(messages) for messages in (conversation if batched else [conversation])
+            plain_messages(messages, template) for messages in (conversation if batched else [conversation])
         ]
         rendered = [
             self._segments(messages, add_generation_prompt, template, variables, continue_final_message)
@@ -222,7 +227,7 @@ class VLMambaProcessor(ProcessorMixin):
         }
         segments = render_segments(
             template,
-            [dict(m) for m in messages],
+            messages,
             special_tokens=self.tokenizer.all_special_tokens,
             add_generation_prompt=add_generation_prompt,
             variables={**special, **(variables or {})},
@@ -327,35 +332,16 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, literal: bool)
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages without keys that are None (as data sets fill them in), OpenAI's images as ours."""
-    found = []
-    for message in messages:
-        plain = {name: value for name, value in message.items() if value is not None}
-        if not isinstance(plain.get("content", ""), str):
-            plain["content"] = [_plain_part(part) for part in plain["content"]]
-        found.append(plain)
-    return found
-
-
-def _plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
-    if part.get("type") == "image_url":
-        url = part.get("image_url")
-        return {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
-    return {name: value for name, value in part.items() if value is not None}
-
-
 def _parts(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
     contents = [message.get("content", "") for message in messages]
     return [part for content in contents if not isinstance(content, str) for part in content]
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
-    keys = ("image", "path", "url", "base64")
-    for key in keys:
-        if part.get(key) is not None:
+    for key in IMAGE_KEYS:
+        if key in part:
             return from_base64(part[key]) if key == "base64" else part[key]
-    raise DataError(f"an image part has none of the keys {', '.join(map(repr, keys))}")
+    raise DataError(f"an image part has none of the keys {', '.join(map(repr, IMAGE_KEYS))}")
 
 
 def _flatten(images: Any) -> list[Any]:
