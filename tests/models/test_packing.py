@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from vlmamba.data import MODEL_KEYS, collate
 from vlmamba.testing import tiny_model
 from vlmamba.testing.models import TINY_OPTIONS
 
@@ -134,3 +135,36 @@ def test_an_image_of_one_sample_has_no_gradient_from_another():
     norms = batch["pixel_values"].grad.flatten(1).norm(dim=1)
     assert norms[0] == 0
     assert (norms[1:] > 0).all()
+
+
+@pytest.mark.parametrize("language", ["mamba", "llama", "jamba"])
+def test_training_batches_need_no_mask(language):
+    """Padding on the right without labels: the mask changes no bit of the loss, and none of a gradient.
+
+    A hybrid's mask makes its attention add in another order, so its gradients agree to rounding.
+    """
+    model, processor = tiny_model(language=language)
+    model.train()
+    items = []
+    for length, images in ((9, 1), (23, 0), (40, 2)):
+        ids, labels, pixels = sample(processor, length, images, seed=length)
+        items.append(
+            {"input_ids": ids, "labels": labels, "pixel_values": pixels if images else None, "id": length}
+        )
+    batch = collate(items, processor.pad_token_id)
+    inputs = {key: batch[key] for key in MODEL_KEYS if key in batch}
+    assert "attention_mask" not in inputs and batch["num_padding"] > 0
+    mask = torch.zeros_like(inputs["input_ids"])
+    for row, item in enumerate(items):
+        mask[row, : len(item["input_ids"])] = 1
+    found = []
+    for extra in ({}, {"attention_mask": mask}):
+        model.zero_grad()
+        loss = model(**inputs, **extra).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    plain, masked = found
+    assert len(plain) == len(masked) > 20 and torch.equal(plain[0], masked[0])
+    for one, other in zip(plain, masked, strict=True):
+        scale = other.abs().max().clamp(min=1e-3)
+        assert torch.equal(one, other) if language != "jamba" else ((one - other).abs().max() / scale) < 4e-5

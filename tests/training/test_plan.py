@@ -70,7 +70,7 @@ def measured(config: TrainConfig) -> int:
     ids[:, :tokens] = model.config.image_token_id
     labels = ids.clone()
     labels[:, : LENGTH - round((LENGTH - tokens) * SUPERVISED)] = -100
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    batch = {"input_ids": ids, "labels": labels}
 
     def step() -> None:
         model(**batch, pixel_values=torch.zeros(ROWS, 3, 16, 16)).loss.backward()

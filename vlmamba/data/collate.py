@@ -1,6 +1,8 @@
 """Items to a micro-batch: side by side with padding on the right, or packed one after another into one row;
 pictures of all samples one after another.
 
+Padding follows the real tokens and has no labels: what is causal needs no mask to leave it out.
+
 B rows, L longest row, n images of the whole batch, C channels, S image side.
 """
 
@@ -15,7 +17,7 @@ from vlmamba.common.vocabulary import IGNORE_INDEX
 from vlmamba.data.pixels import PixelBuffer, joined
 from vlmamba.data.types import Batch, Item
 
-MODEL_KEYS = ("input_ids", "attention_mask", "labels", "seq_idx", "pixel_values")
+MODEL_KEYS = ("input_ids", "labels", "seq_idx", "pixel_values")
 """The keys of a batch that the model takes; all others are accounts."""
 
 
@@ -37,8 +39,8 @@ def collate(
         buffer: Where the pictures of the items already stand, in their order.
 
     Returns:
-        ``input_ids``, ``labels`` (B, L) int64; padded: ``attention_mask`` (B, L) int64; packed: ``seq_idx`` (1, L)
-        int32, the number of the sample at each position, padding at the end a sample of its own without labels;
+        ``input_ids``, ``labels`` (B, L) int64; packed: ``seq_idx`` (1, L) int32, the number of the sample at each
+        position, padding at the end a sample of its own without labels;
         ``pixel_values`` (n, C, S, S), absent when no item has an image; ``num_images``, ``ids``, ``sources``,
         ``wheres`` (lists, one entry an item), ``num_samples``, ``num_supervised``, ``num_tokens``,
         ``num_padding`` (ints), ``bad_samples`` (records), ``events`` (name -> count).
@@ -57,12 +59,10 @@ def collate(
 def _side_by_side(items: Sequence[Item], lengths: Sequence[int], width: int, pad: int) -> Batch:
     input_ids = torch.full((len(items), width), pad, dtype=torch.long)
     labels = torch.full((len(items), width), IGNORE_INDEX, dtype=torch.long)
-    attention_mask = torch.zeros((len(items), width), dtype=torch.long)
     for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
         input_ids[row, :length] = item["input_ids"]
         labels[row, :length] = item["labels"]
-        attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def _one_row(items: Sequence[Item], lengths: Sequence[int], width: int, pad: int) -> Batch:

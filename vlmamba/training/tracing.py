@@ -40,7 +40,7 @@ class StepShape:
         length: L, visual tokens included.
         images: n.
         supervised: Positions with a label, over all rows.
-        packed: Whether a row holds several samples (segment ids) rather than one with padding (a mask).
+        packed: Whether a row holds several samples (segment ids) rather than one with padding.
     """
 
     rows: int
@@ -134,11 +134,7 @@ def _run(model: Any, shape: StepShape, precision: str, memory: _Memory) -> None:
     ids = torch.zeros(shape.rows, shape.length, dtype=torch.long)
     size = model.vision_tower.image_size
     pixels = torch.empty(max(shape.images, 1), model.vision_tower.num_channels, size, size)
-    mask: dict[str, Any] = (
-        {"seq_idx": torch.zeros(shape.rows, shape.length, dtype=torch.int32)}
-        if shape.packed
-        else {"attention_mask": torch.ones(shape.rows, shape.length, dtype=torch.long)}
-    )
+    samples = torch.zeros(shape.rows, shape.length, dtype=torch.int32) if shape.packed else None
     with autocast(precision, torch.device("cpu")):
         memory.phase("images")
         embeds = model.get_input_embeddings()(ids)
@@ -147,7 +143,7 @@ def _run(model: Any, shape: StepShape, precision: str, memory: _Memory) -> None:
         embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
         memory.phase_in_backward("images backward", embeds)
         memory.phase("language")
-        hidden = run_language_model(model.language_model, inputs_embeds=embeds, **mask).hidden
+        hidden = run_language_model(model.language_model, inputs_embeds=embeds, seq_idx=samples).hidden
         memory.phase_in_backward("language backward", hidden)
         del visual, places, embeds
         memory.trace.activations = memory.live
