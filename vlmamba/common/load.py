@@ -139,8 +139,8 @@ def find_model(path: str | Path) -> Path:
             kind = config.get("model_type") if isinstance(config, dict) else None
             if kind != "vlmamba":
                 raise CheckpointError(
-                    f"{candidate} holds a model of type {kind!r}, which sees no image: give a run or an export of a "
-                    "vision-language model."
+                    f"{candidate / 'config.json'} is of a model of type {kind!r}, which sees no image: give a run or "
+                    "an export of a vision-language model."
                 )
             return candidate
     if is_checkpoint(given):

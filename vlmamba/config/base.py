@@ -158,8 +158,10 @@ def load_yaml(source: str | Path, cls: type[C] | None = None) -> Config:
         raise MissingFileError(f"there is no config file {file}.")
     try:
         values = parse_yaml(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file} is nested too deeply to be read: it is no config.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected keys and values at the top, got {type(values).__name__}.")
     named = values.pop(CLASS_KEY, None)

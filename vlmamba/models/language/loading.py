@@ -179,7 +179,8 @@ def load_strictly(auto_class: Any, path: str | Path, **options: Any) -> nn.Modul
         directory,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        **{"trust_remote_code": False, **kept},
+        trust_remote_code=False,
+        **kept,
     )
     loaded = model.state_dict()
     expected: dict[str, Any] = {name: loaded[name].shape for name in info["missing_keys"] if name in loaded}
