@@ -14,6 +14,7 @@ from vlmamba.evaluation.gallery import Shown, Talk, Turn, common_suffix, data_ur
 from vlmamba.evaluation.records import RecordFile
 from vlmamba.evaluation.report import write_report
 from vlmamba.evaluation.scorers import rate
+from vlmamba.evaluation.scoring import score_records
 from vlmamba.evaluation.tables import (
     duration,
     format_results,
@@ -181,6 +182,8 @@ def test_the_gallery_mixes_right_and_wrong_of_every_kind(task, tmp_path):
     ]
     with RecordFile(tmp_path / "p.jsonl") as file:
         file.append(rows)
+    records = {(str(row["question_id"]), row["prompt"]): row for row in rows}
+    score_records(task, samples, records, tmp_path / "p.jsonl")
     chosen = pick_answers(task, tmp_path / "p.jsonl", per_category=4, wrong=2)
     by_kind = {kind: [s.right for s in chosen if s.category == kind] for kind in ("colour", "count")}
     assert by_kind == {"colour": [False] * 4, "count": [False, True, True, True]}

@@ -14,7 +14,7 @@ from typing import Any
 from vlmamba.errors import DataError
 from vlmamba.evaluation.conversations import HALF
 from vlmamba.evaluation.records import read_records, record_key
-from vlmamba.evaluation.scoring import score_answers
+from vlmamba.evaluation.scoring import read_credits
 from vlmamba.evaluation.task import ImageRef, Sample, Task
 
 LARGEST_SIDE = 320
@@ -79,8 +79,8 @@ def pick_answers(
     if not samples:
         raise DataError(f"{predictions} answers none of the questions of {task.name!r}")
     texts = [str(records[sample.key]["text"]) for sample in samples]
-    credits_ = score_answers(task, task.samples, records).correct
-    right = {s.key: c >= HALF for s, c in zip(task.samples, credits_, strict=True)} if credits_ else {}
+    credits_ = read_credits(Path(predictions))
+    right = {key: c.credit >= HALF for key, c in credits_.items() if c.credit is not None}
     groups: dict[str, dict[bool | None, list[tuple[Sample, str]]]] = defaultdict(lambda: defaultdict(list))
     for sample, text in zip(samples, texts, strict=True):
         groups[sample.category][right.get(sample.key)].append((sample, text))

@@ -88,8 +88,8 @@ def merge_parts(path: Path, order: Sequence[tuple[str, str]]) -> dict[tuple[str,
 
 
 def remove_answers(path: Path) -> None:
-    """Forget the answers: the file and those of processes beside it."""
-    for file in [path, *part_paths(path)]:
+    """Forget the answers: the file, those of processes beside it, and what they earned."""
+    for file in [path, *part_paths(path), path.with_suffix(f".credits{path.suffix}")]:
         file.unlink(missing_ok=True)
 
 

@@ -134,7 +134,7 @@ def evaluate(
                 file.append({**row, "metadata": {"settings": run_id, **row["metadata"]}} for row in answers)
                 bar.update(len(answers))
         ranks.barrier()
-        result = ranks.on_main(lambda: score_records(task, samples, merge()))
+        result = ranks.on_main(lambda: score_records(task, samples, merge(), path))
     result["counts"]["resumed"] = len(samples) - len(pending)
     settings = {
         **identity,
