@@ -23,7 +23,7 @@ import yaml
 from vlmamba.ablations.table import Row, Table
 from vlmamba.config import dump_yaml, flatten, load_recipe, recipe_functions
 from vlmamba.errors import ConfigError
-from vlmamba.registry import close_matches
+from vlmamba.registry import close_matches, users_words
 from vlmamba.training.checkpoint import FREE_KEYS
 from vlmamba.training.config import TrainConfig
 
@@ -378,6 +378,7 @@ def _task_fingerprint(task: str, folder: str) -> str:
     from vlmamba.evaluation.task import load_task
 
     try:
-        return load_task(task, folder=folder).fingerprint
+        with users_words():
+            return load_task(task, folder=folder).fingerprint
     except (MissingFileError, MissingDependencyError, DataError):
         return f"absent: {task}"

@@ -20,6 +20,7 @@ from vlmamba.evaluation.predictions import score_predictions as score_prediction
 from vlmamba.evaluation.records import read_records, record_key, remove_answers
 from vlmamba.evaluation.scoring import given_answers
 from vlmamba.evaluation.task import Task, load_task
+from vlmamba.registry import users_words
 
 RESULTS_FILE = "results.json"
 
@@ -135,7 +136,8 @@ def load_tasks(
     Raises:
         ConfigError: One is unknown, there is none, or two have the same name.
     """
-    loaded = {spec: load_task(spec, folder=folder, **(options or {})) for spec in _split(tasks)}
+    with users_words():
+        loaded = {spec: load_task(spec, folder=folder, **(options or {})) for spec in _split(tasks)}
     names = Counter(task.name for task in loaded.values())
     if len(names) < len(loaded):
         raise ConfigError(f"two of the tasks {', '.join(loaded)} are called {names.most_common(1)[0][0]!r}")
