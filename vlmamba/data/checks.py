@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vlmamba.common.images import open_image
+from vlmamba.common.progress import progress_bar
 from vlmamba.data.downloads import download_hint
 from vlmamba.data.index import JSONL_SUFFIXES
 from vlmamba.data.sources import LLaVASource
@@ -117,7 +117,7 @@ def check(
         pieces: Iterable[CheckReport] = DataLoader(
             _Pieces(source, count, decode), batch_size=None, num_workers=num_workers
         )
-        with tqdm(total=count, desc=f"checking {source.name}", unit="row", disable=not progress) as bar:
+        with progress_bar(count, f"checking {source.name}", "row", enabled=progress) as bar:
             for piece in pieces:
                 report.take(piece)
                 bar.update(piece.rows)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from vlmamba.common.progress import progress_bar
 from vlmamba.data.cache import cache_name, keep_array, load_array
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.sources import source_fingerprint
@@ -105,7 +105,7 @@ def compute_lengths(
         generator=torch.Generator(),  # its own: else dropout would depend on whether the rows had been measured
     )
     values = np.zeros((len(dataset), 4), dtype=np.int32)
-    with tqdm(total=len(dataset), desc="measuring rows", unit="row", disable=not progress) as bar:
+    with progress_bar(len(dataset), "measuring rows", "row", enabled=progress) as bar:
         begin = 0
         for chunk in chunks:
             values[begin : begin + len(chunk)] = chunk
