@@ -27,15 +27,16 @@ MAY_IMPORT = {
     "registry": set(),
     "config": set(),
     "common": set(),
+    "pages": set(),
     "ssm": set(),
     "models": {"ssm"},
     "checkpoints": {"ssm", "models"},
-    "data": set(),
+    "data": {"pages"},
     "training": {"ssm", "models", "data", "checkpoints"},
-    "evaluation": {"ssm", "models", "data", "checkpoints"},
+    "evaluation": {"ssm", "models", "data", "checkpoints", "pages"},
     "integrations": {"ssm", "models", "data", "evaluation"},
-    "ablations": {"ssm", "models", "data", "training", "evaluation"},
-    "interpret": {"ssm", "models", "data", "evaluation"},
+    "ablations": {"ssm", "models", "data", "training", "evaluation", "pages"},
+    "interpret": {"ssm", "models", "data", "evaluation", "pages"},
     "testing": {"ssm", "models", "data", "training"},
     "cli": {
         "ssm",
@@ -47,6 +48,7 @@ MAY_IMPORT = {
         "integrations",
         "interpret",
         "ablations",
+        "pages",
         "testing",  # `vlmamba check language --all` is about its tiny models
     },
 }

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from vlmamba.cli import main
+from vlmamba.common.files import replace_json
 from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.evaluation.bootstrap import difference_interval
-from vlmamba.evaluation.cli import reload_task, write_json
+from vlmamba.evaluation.cli import reload_task
 from vlmamba.evaluation.compare import compare_runs, format_comparison
 from vlmamba.evaluation.compare_page import write_comparison
 from vlmamba.evaluation.gallery import pick_answers
@@ -73,7 +74,7 @@ def write_run(folder, tasks, answers, *, name="digits", **settings):
         "predictions": f"{task.name}.jsonl",
         "settings": {"data": task.fingerprint, "model": folder.name, "dtype": "float32", **settings},
     }
-    write_json(path, results)
+    replace_json(path, results)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics as median_of
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from typing import Any
 
 from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Cell, Graph
-from vlmamba.ablations.speed import read_speed
 from vlmamba.ablations.statistics import Estimate, difference, estimate, holm
 from vlmamba.ablations.table import Row, Table
+from vlmamba.common.files import read_json
 from vlmamba.errors import DataError
 from vlmamba.evaluation.cli import RESULTS_FILE
 from vlmamba.evaluation.scoring import read_credits
@@ -122,7 +121,7 @@ def collect(table: Table, graph: Graph, store: Store) -> list[RowResult]:
             if not results_file.is_file():
                 result.open += 1
                 continue
-            found = json.loads(results_file.read_text(encoding="utf-8"))
+            found = read_json(results_file, error=DataError)
             result.parameters = found["model"]["parameters"]
             result.image_tokens = found["model"]["image_tokens"]
             result.models[seed] = found["model"]["fingerprint"]
@@ -156,8 +155,8 @@ def _training(result: RowResult, graph: Graph, store: Store) -> None:
             memory.append(max(float(line.get("memory_gib") or 0.0) for line in run.lines))
             if node_id == cell.train[-1]:
                 steps.append(seconds_per_step(run))
-        if cell.speed is not None:
-            result.speed = read_speed(store.result(cell.speed)) or {}
+        if cell.speed is not None and store.result(cell.speed).is_file():
+            result.speed = read_json(store.result(cell.speed), error=DataError)
     result.step_seconds = min(steps, default=None)
     result.memory_gib = max(memory, default=None)
 

@@ -8,13 +8,13 @@ together are resampled together.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmamba.common.files import read_json
 from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.evaluation.bootstrap import difference_interval
 from vlmamba.evaluation.cli import RESULTS_FILE, reload_task
@@ -130,7 +130,7 @@ def compare_runs(
     if len(runs) < 2:
         raise ConfigError(f"a comparison needs at least two runs, got {len(runs)}")
     folders = [_results_folder(Path(run)) for run in runs]
-    results = [json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")) for folder in folders]
+    results = [read_json(folder / RESULTS_FILE, error=DataError) for folder in folders]
     labels = _labels([str(run) for run in runs])
     held = [list(result["tasks"]) for result in results]
     shared = [name for name in held[0] if all(name in names for names in held[1:])]

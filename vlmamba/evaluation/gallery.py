@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,11 +14,6 @@ from vlmamba.evaluation.conversations import HALF
 from vlmamba.evaluation.records import read_records, record_key
 from vlmamba.evaluation.scoring import read_credits
 from vlmamba.evaluation.task import ImageRef, Sample, Task
-
-LARGEST_SIDE = 320
-"""Pixels; larger pictures are shrunk before they are embedded."""
-LARGEST_PNG = 40_000
-"""Bytes; larger pictures are embedded as JPEG."""
 
 
 @dataclass(frozen=True)
@@ -115,29 +108,6 @@ def accepted(answer: Any) -> str:
     if isinstance(answer, list | tuple):
         return " or ".join(dict.fromkeys(map(str, answer)))
     return "" if answer is None else str(answer)
-
-
-def data_uri(image: ImageRef) -> str:
-    """A picture as a ``data:`` address, shrunk to at most `LARGEST_SIDE`.
-
-    Raises:
-        ImageError: It cannot be read.
-    """
-    from vlmamba.common.images import open_image
-
-    # A picture that was open comes back as it is, and belongs to the caller.
-    picture = open_image(image).copy()
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    kind, data = "png", _encoded(picture, "PNG")
-    if len(data) > LARGEST_PNG:
-        kind, data = "jpeg", _encoded(picture, "JPEG", quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _encoded(picture: Any, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, optimize=True, **options)
-    return buffer.getvalue()
 
 
 def common_suffix(questions: Sequence[str]) -> str:
