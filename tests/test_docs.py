@@ -330,10 +330,11 @@ def test_log_fields_are_those_of_the_code():
 
 
 def test_what_may_differ_on_resume_is_what_the_code_allows():
-    from vlmamba.training.checkpoint import FREE_KEYS
+    from vlmamba.config import FREE, marked
+    from vlmamba.training.config import TrainConfig
 
     text = prose(ROOT / "docs" / "training.md").split("What may differ:")[1].split("Any other")[0]
-    assert set(re.findall(r"`([\w.]+)`", text)) == set(FREE_KEYS)
+    assert set(re.findall(r"`([\w.]+)`", text)) == set(marked(TrainConfig, FREE))
 
 
 def test_the_picture_is_well_formed_and_self_contained():

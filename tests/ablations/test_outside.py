@@ -59,6 +59,7 @@ def outsider(project, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.ci
 def test_a_connector_of_ones_own_is_trained_evaluated_reloaded_and_resumed(outsider, table):
     settings = {
         "connector": NAME, "model.connector.options": {"window": 2}, "model.chat": "own.jinja", "save_every": 1,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from vlmamba.common.digests import check_folder
-from vlmamba.config import Config
+from vlmamba.config import Config, Later
 from vlmamba.errors import CheckpointError, MissingFileError
 from vlmamba.models.chat import load_template
 from vlmamba.models.configuration import VLMambaConfig
@@ -91,9 +91,9 @@ class LanguageConfig(Config):
     """Directory or hub id of the weights."""
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer; the model's own directory when left out."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    attention: Later[Literal["sdpa", "eager", "flash_attention_2"] | None] = None
     """How a language model with attention computes it; transformers' choice when left out."""
-    family: str | None = None
+    family: Later[str | None] = None
     """package.module:function of a family of your own; chosen by the config's model_type when left out."""
     preset: str | None = None
     """Size of a published Mamba ("2.8b"), for a dry run without the weights."""
