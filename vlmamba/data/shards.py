@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmamba.common.images import ImageRef, StoredImage
 from vlmamba.common.progress import progress_bar
+from vlmamba.common.vocabulary import ImageRef, StoredImage
 from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array
 from vlmamba.data.conversation import OrphanTokens
 from vlmamba.data.downloads import missing_file_message

@@ -8,8 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vlmamba.common.images import ImageRef, StoredImage
-from vlmamba.common.vocabulary import IGNORE_INDEX
+from vlmamba.common.vocabulary import IGNORE_INDEX, ImageRef, StoredImage
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.types import RowError
 from vlmamba.errors import ImageError

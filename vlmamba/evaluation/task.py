@@ -21,8 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from vlmamba.common.images import ImageRef, StoredImage
-from vlmamba.common.vocabulary import IMAGE_TOKEN
+from vlmamba.common.vocabulary import IMAGE_TOKEN, ImageRef, StoredImage
 from vlmamba.config import list_recipes, load_python_file
 from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.evaluation.records import Record
