@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from vlmamba.ablations.collect import Figure, RowResult
@@ -36,13 +37,17 @@ def draw_all(table: Table, results: Sequence[RowResult]) -> list[Plot]:
         for name, label, cost in costs:
             points = [(at, r, f, float(x)) for at, r, f in shown if (x := cost(r)) is not None]
             if len({x for *_, x in points}) > 1:
-                series = [
-                    s for at, r, f, x in points for s in _interval(f, r.row.name, at, lambda v, x=x: (x, v))
-                ]  # type: ignore[misc]
+                series = []
+                for at, r, figure, x in points:
+                    series += _interval(figure, r.row.name, at, partial(_at, x))
                 caption = f"{main} against {label}"
                 plots.append(Plot(name, caption, chart(series, label=caption, x=label, y=unit, width=WIDTH)))
     plots += [_losses(results, stage) for stage in dict.fromkeys(name for r in results for name in r.logs)]
     return plots
+
+
+def _at(x: float, value: float) -> tuple[float, float]:
+    return x, value
 
 
 def _interval(

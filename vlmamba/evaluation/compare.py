@@ -280,8 +280,10 @@ def _compare(
 def _row(name: str, pairs: Sequence[tuple[Credit, Credit]], seed: int) -> Difference:
     first, other = ([float(credit.credit or 0) for credit in run] for run in zip(*pairs, strict=True))
     changes = [b - a for a, b in zip(first, other, strict=True)]
-    sums = [Headline.share(run).rows for run in (first, other)]
-    low, high = difference_interval(*sums, groups=[credit.group for credit, _ in pairs], seed=seed)
+    groups = [credit.group for credit, _ in pairs]
+    low, high = difference_interval(
+        Headline.share(first).rows, Headline.share(other).rows, groups=groups, seed=seed
+    )
     return Difference(
         name,
         len(pairs),

@@ -73,7 +73,7 @@ def score_records(
     main = headline(task, score.metrics)
     sums = score.headline or Headline.share(score.correct)
     stated, summed = main["value"], sums.value() if score.correct else None
-    known = None not in (stated, summed) and math.isclose(stated, summed, rel_tol=1e-9, abs_tol=1e-9)
+    known = stated is not None and summed is not None and math.isclose(stated, summed, abs_tol=1e-9)
     main["formula"] = sums.formula if known else None
     if answers is not None:
         _write_credits(credits_path(answers), samples, score, sums.rows if known else ())
