@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmamba.common.files import replace_text
 from vlmamba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,25 +66,21 @@ def run(words: Sequence[str]) -> int:
     convert.add_argument("folder", type=Path, help="with the files as they are published")
     convert.add_argument("output", type=Path, help="JSON file to write")
     arguments, overrides = parser.parse_known_args(words)
-    if overrides and (arguments.action in ("check", "convert") or not _is_recipe(arguments.target)):
+    if overrides and (arguments.action == "convert" or not _is_recipe(arguments.target)):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    if arguments.action == "check":
-        return _check(arguments)
     if arguments.action == "convert":
         from vlmamba.data.lrv import convert_lrv
 
         rows = convert_lrv(arguments.folder, arguments.output)
         print(f"{rows:,} rows are in {arguments.output}; images: {arguments.folder.resolve().parent}")
         return 0
-    return (_show if arguments.action == "show" else _stats)(arguments, overrides)
+    return {"check": _check, "show": _show, "stats": _stats}[arguments.action](arguments, overrides)
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("annotations", help="LLaVA's JSON or JSON lines; a data set; tar shards")
-    parser.add_argument("--kind", choices=("llava", "hf", "webdataset"), default="llava", help="what it is")
-    parser.add_argument("--images", help="folder the image paths start from (default: that of the file)")
+    _target_arguments(parser)
     parser.add_argument("--limit", type=int, help="only the first so many rows")
-    parser.add_argument("--no-decode", action="store_true", help="look for the pictures, do not read them")
+    parser.add_argument("--no-decode", action="store_true", help="open no picture")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)"
     )
@@ -95,7 +92,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "target", help="a recipe (with overrides), a run's config.yaml, or an annotation file"
+        "target",
+        help="a recipe (with overrides), a run's config.yaml, or LLaVA's JSON, a data set, tar shards",
     )
     parser.add_argument(
         "--kind", choices=("llava", "hf", "webdataset"), default="llava", help="of an annotation file"
@@ -105,37 +103,46 @@ def _target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=2048, help="of an annotation file: longest sample")
 
 
-def _source(annotations: str, kind: str, images: str | None) -> Any:
-    from vlmamba.data import build_source
+def _check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from vlmamba.data import LLaVASource, check, write_clean
 
-    root = images or (str(Path(annotations).parent) if kind == "llava" else None)
-    return build_source(kind, annotations=annotations, image_root=root)
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from vlmamba.data import check, write_clean
-
-    if arguments.clean is not None and (arguments.kind != "llava" or arguments.limit is not None):
-        raise ConfigError("--clean rewrites whole files of kind llava; leave out --limit and --kind")
-    source = _source(arguments.annotations, arguments.kind, arguments.images)
-    workers = 0 if arguments.workers < 2 else arguments.workers
+    dataset: Any = None
+    if _is_recipe(arguments.target) or arguments.processor is not None:
+        dataset, _ = _dataset(arguments, overrides)
+    sources = [_source(arguments)] if dataset is None else dataset.mixture.sources
+    whole = len(sources) == 1 and isinstance(sources[0], LLaVASource) and arguments.limit is None
+    if arguments.clean is not None and not whole:
+        raise ConfigError("--clean rewrites one whole file of kind llava; leave out --limit and --kind")
     report = check(
-        [source], decode=not arguments.no_decode, limit=arguments.limit, num_workers=workers, progress=True
+        sources,
+        encoder=dataset,
+        decode=not arguments.no_decode,
+        limit=arguments.limit,
+        num_workers=0 if arguments.workers < 2 else arguments.workers,
+        progress=True,
     )
     print(report.text())
+    if dataset is None:
+        print("lengths and the chat template were not looked at: that takes --processor RUN, or a recipe")
     if arguments.list is not None:
-        arguments.list.write_text(
-            "".join(json.dumps(asdict(problem)) + "\n" for problem in report.problems), "utf-8"
-        )
+        lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in report.problems)
+        replace_text(arguments.list, lines)
         print(f"{len(report.problems)} problems are listed in {arguments.list}")
     if arguments.clean is not None:
-        print(f"{write_clean(source, report, arguments.clean):,} rows are in {arguments.clean}")
+        print(f"{write_clean(sources[0], report, arguments.clean):,} rows are in {arguments.clean}")
     return 0 if report.ok else 1
 
 
 def _is_recipe(target: str) -> bool:
     name = target.partition(":")[0]
     return name.endswith((".py", ".yaml", ".yml")) or (":" in target and not Path(target).exists())
+
+
+def _source(arguments: argparse.Namespace) -> Any:
+    from vlmamba.data import build_source
+
+    beside = str(Path(arguments.target).parent) if arguments.kind == "llava" else None
+    return build_source(arguments.kind, annotations=arguments.target, image_root=arguments.images or beside)
 
 
 def _dataset(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[VLDataset, Any]:
@@ -147,6 +154,8 @@ def _dataset(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[V
         from vlmamba.training.data import open_sources
 
         config: Any = load_recipe(arguments.target, list(overrides)).config
+        if config.data.stream:
+            raise ConfigError("rows of a stream have no numbers: look at them with --data.stream false")
         mixture = Mixture(open_sources(config), [s.weight for s in config.data.sources], seed=config.seed)
         data = config.data
         dataset = VLDataset(
@@ -161,8 +170,7 @@ def _dataset(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[V
     from vlmamba.common.load import load_processor
 
     processor = load_processor(arguments.processor)
-    source = _source(arguments.target, arguments.kind, arguments.images)
-    return VLDataset(source, processor, max_length=arguments.max_length), None
+    return VLDataset(_source(arguments), processor, max_length=arguments.max_length), None
 
 
 def _recipe_processor(config: Any) -> Any:
@@ -189,7 +197,7 @@ def _show(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     dataset, _ = _dataset(arguments, overrides)
     if arguments.rows is not None:
-        rows = [int(word) for word in arguments.rows.split(",")]
+        rows = _numbers("--rows", arguments.rows)
     else:
         count = min(arguments.number, len(dataset))
         rows = np.random.default_rng(arguments.seed).choice(len(dataset), count, replace=False).tolist()
@@ -198,7 +206,7 @@ def _show(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise ConfigError(f"--rows {outside[0]}: the data has rows 0 to {len(dataset) - 1}")
     samples = [look_at(dataset, row) for row in rows]
     if arguments.html is not None:
-        arguments.html.write_text(as_html(samples, title=f"Samples of {arguments.target}"), encoding="utf-8")
+        replace_text(arguments.html, as_html(samples, title=f"Samples of {arguments.target}"))
         print(f"{len(samples)} samples are in {arguments.html}")
         return 0
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -207,8 +215,16 @@ def _show(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _numbers(option: str, words: str) -> list[int]:
+    found = [word.strip() for word in words.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in found):
+        raise ConfigError(f"{option} is {words!r}; it takes numbers with commas between them, as 0,7,21")
+    return [int(word) for word in found]
+
+
 def _stats(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from vlmamba.data import cache_folder, compute_lengths
+    from vlmamba.common.files import cache_folder
+    from vlmamba.data import compute_lengths
     from vlmamba.data.stats import layouts, stats_chart, stats_html, stats_text
     from vlmamba.pages.charts import write_chart
     from vlmamba.training.data import processor_fingerprint
@@ -231,14 +247,14 @@ def _stats(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         table.num_images[usable].astype("int64"),
         step_samples=arguments.batch or (batch.global_batch_size if batch else 128),
         micro_samples=arguments.micro or (batch and batch.micro_batch_size) or 16,
-        pack_lengths=[int(word) for word in arguments.pack.split(",") if word],
+        pack_lengths=_numbers("--pack", arguments.pack),
         ranks=arguments.ranks,
     )
     title = f"Rows of {arguments.target}"
     text = stats_text(table, found, title=title, ranks=arguments.ranks)
     print(text)
     if arguments.html is not None:
-        arguments.html.write_text(stats_html(table, text, title=title), encoding="utf-8")
+        replace_text(arguments.html, stats_html(table, text, title=title))
         print(f"written to {arguments.html}")
     if arguments.svg is not None:
         write_chart(arguments.svg, stats_chart(table))

@@ -16,8 +16,12 @@ IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100
 """The label of a position that is not supervised, as in PyTorch's and transformers' losses."""
 
+RESERVED = frozenset(chr(code) for code in range(0xFDD0, 0xFDF0))
+"""Unicode's noncharacters (section 23.7): chat templates carry marks in them, so no text may hold one."""
+
 Message = dict[str, Any]
-"""A turn: ``{"role": "system"|"user"|"assistant", "content": [{"type": "image"} | {"type": "text", "text": str}]}``."""
+"""A turn: ``{"role": "system"|"user"|"assistant", "content": [{"type": "image"} | {"type": "text", "text": str}]}``; an
+answer that is not to be learnt has ``"loss": False``."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ imports models: the processor is handed in (`vlmamba.data.types.Processor`).
 
 from __future__ import annotations
 
-from vlmamba.data.cache import cache_folder
 from vlmamba.data.checks import CheckReport, Problem, check, missing_folders, write_clean
 from vlmamba.data.collate import MODEL_KEYS, collate
 from vlmamba.data.conversation import Conversation, parse_row, place_images
@@ -56,7 +55,6 @@ __all__ = [
     "build_loader",
     "build_source",
     "build_stream",
-    "cache_folder",
     "check",
     "collate",
     "compute_lengths",

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 
-from vlmamba.common.images import open_image
-from vlmamba.common.progress import progress_bar
+from vlmamba.common.files import replaced
 from vlmamba.data.downloads import download_hint
+from vlmamba.data.encode import SampleEncoder, open_pictures
 from vlmamba.data.index import JSONL_SUFFIXES
-from vlmamba.data.sources import LLaVASource
+from vlmamba.data.lengths import in_chunks
+from vlmamba.data.sources import LLaVASource, read_row
 from vlmamba.data.types import RowError, Source
-from vlmamba.errors import ConfigError, ImageError
+from vlmamba.errors import ConfigError
 
 _PIECE = 64
 
@@ -54,7 +55,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every row can be used."""
+        """Whether there are rows, and all can be used."""
         return not self.problems
 
     def note(self, events: Sequence[str], where: str) -> None:
@@ -76,9 +77,9 @@ class CheckReport:
             places += [place for place in found if place not in places][: 3 - len(places)]
 
     def text(self, limit: int = 50) -> str:
-        """The report for people."""
+        """The report for people; names that are no text are shown with their codes."""
         kinds = Counter(problem.kind for problem in self.problems)
-        rows = len({(problem.source, problem.row) for problem in self.problems})
+        rows = len({(problem.source, problem.row) for problem in self.problems if problem.row >= 0})
         lines = [f"{self.rows} rows, {self.images} images, {rows} rows that cannot be used"]
         lines += [f"  {count} {kind}" for kind, count in kinds.most_common()]
         if self.events:
@@ -90,22 +91,24 @@ class CheckReport:
         lines += [f"{p.where} (id {p.id!r}): {p.reason}" for p in self.problems[:limit]]
         if len(self.problems) > limit:
             lines.append(f"... and {len(self.problems) - limit} more")
-        return "\n".join(lines)
+        return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check(
     sources: Sequence[Source] | Source,
     *,
+    encoder: SampleEncoder | None = None,
     decode: bool = True,
     limit: int | None = None,
     num_workers: int = 0,
     progress: bool = False,
 ) -> CheckReport:
-    """Read every row of every source and decode every picture.
+    """Read every row of every source and decode every picture, as training does.
 
     Args:
         sources: One source or several.
-        decode: False: only read the rows, open no picture.
+        encoder: Also tokenise the rows, as training would: only so are lengths and the chat template looked at.
+        decode: False: open no picture.
         limit: Look at so many rows of each source only.
         num_workers: Processes that share the work; 0 does it in this one.
         progress: Show a progress bar.
@@ -114,32 +117,41 @@ def check(
     many: Sequence[Source] = sources if isinstance(sources, list | tuple) else [sources]  # type: ignore[list-item]
     for source in many:
         count = len(source) if limit is None else min(limit, len(source))
-        pieces: Iterable[CheckReport] = DataLoader(
-            _Pieces(source, count, decode), batch_size=None, num_workers=num_workers
-        )
-        with progress_bar(count, f"checking {source.name}", "row", enabled=progress) as bar:
-            for piece in pieces:
-                report.take(piece)
-                bar.update(piece.rows)
-                bar.set_postfix(problems=len(report.problems), refresh=False)
+        if not len(source):
+            report.problems.append(Problem(source.name, -1, source.name, None, "empty", "there are no rows"))
+        work = partial(_check_rows, source, encoder, decode)
+        title = f"checking {source.name}"
+        for piece in in_chunks(
+            work, count, size=_PIECE, num_workers=num_workers, title=title, progress=progress
+        ):
+            report.take(piece)
     return report
 
 
-class _Pieces(Dataset[CheckReport]):
-    """The reports of consecutive rows."""
-
-    def __init__(self, source: Source, count: int, decode: bool) -> None:
-        self.source, self.count, self.decode = source, count, decode
-
-    def __len__(self) -> int:
-        return -(-self.count // _PIECE)
-
-    def __getitem__(self, piece: int) -> CheckReport:
-        report = CheckReport()
-        for row in range(piece * _PIECE, min((piece + 1) * _PIECE, self.count)):
-            report.rows += 1
-            _check_row(self.source, row, self.decode, report)
-        return report
+def _check_rows(source: Source, encoder: SampleEncoder | None, decode: bool, rows: range) -> CheckReport:
+    report = CheckReport()
+    for row in rows:
+        report.rows += 1
+        where = ""
+        events: list[str] = []
+        problems: list[RowError] = []
+        try:
+            sample = read_row(source, row)
+            where, images, events = sample.where, sample.images, list(sample.events)
+            if encoder is not None:
+                fitted = encoder.fit(encoder.place(sample))
+                images, events = fitted.images, [*events, *fitted.events]
+            for image in images if decode else ():
+                try:
+                    open_pictures(sample, [image], events)
+                    report.images += 1
+                except RowError as error:  # and look at the others
+                    problems.append(error)
+        except RowError as error:
+            problems.append(error)
+        report.problems += [Problem(source.name, row, e.where, e.id, e.kind, e.reason) for e in problems]
+        report.note(events, where)
+    return report
 
 
 def write_clean(source: LLaVASource, report: CheckReport, path: Path) -> int:
@@ -160,10 +172,8 @@ def write_clean(source: LLaVASource, report: CheckReport, path: Path) -> int:
         raise ConfigError(f"{path} is there already; name another file for the cleaned annotations")
     bad = {problem.row for problem in report.problems if problem.source == source.name}
     lines = path.suffix.lower() in JSONL_SUFFIXES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
     kept = 0
-    with unfinished.open("wb") as file:
+    with replaced(path) as unfinished, unfinished.open("wb") as file:
         file.write(b"" if lines else b"[")
         for row in range(len(source)):
             if row in bad:
@@ -173,7 +183,6 @@ def write_clean(source: LLaVASource, report: CheckReport, path: Path) -> int:
             file.write(between + (raw.replace(b"\n", b" ") + b"\n" if lines else raw))
             kept += 1
         file.write(b"" if lines else b"\n]\n")
-    unfinished.replace(path)
     return kept
 
 
@@ -187,24 +196,8 @@ def missing_folders(source: Source, *, rows: int = 2000) -> dict[Path, str | Non
     folders: set[Path] = set()
     for row in np.unique(np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int)):
         try:
-            sample = source[int(row)]
+            sample = read_row(source, int(row))
         except RowError:
             continue
         folders.update(ref.parent for ref in sample.images if isinstance(ref, Path))
     return {folder: download_hint(folder) for folder in sorted(folders) if not folder.is_dir()}
-
-
-def _check_row(source: Source, row: int, decode: bool, report: CheckReport) -> None:
-    try:
-        sample = source[row]
-    except RowError as error:
-        report.problems.append(Problem(source.name, row, error.where, error.id, error.kind, error.reason))
-        return
-    events = list(sample.events)
-    for ref in sample.images if decode else ():
-        try:
-            open_image(ref, events=events)
-            report.images += 1
-        except ImageError as error:
-            report.problems.append(Problem(source.name, row, sample.where, sample.id, "image", str(error)))
-    report.note(events, sample.where)

@@ -2,7 +2,8 @@
 
 Both spellings are read: ``conversations`` of ``{"from": "human"|"gpt"|"system", "value": ...}`` and
 ``messages`` of ``{"role": "user"|"assistant"|"system", "content": ...}``; a content may also be a list of
-image and text parts.
+image and text parts, image parts with an ``index`` into the row's images (vsft). ``loss`` or ``weight`` of a turn say
+whether an answer is learnt. Rows with video or audio cannot be used.
 
 Events (names in `Conversation.events`, one entry an occurrence):
     image_without_token       the row has images but no ``<image>``: they are put before the first question
@@ -22,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmamba.common.vocabulary import IMAGE_TOKEN, Message
+from vlmamba.common.vocabulary import IMAGE_TOKEN, RESERVED, Message
 from vlmamba.data.types import RowError
 
 ImagePosition = Literal["inline", "front"]
@@ -30,6 +31,8 @@ OrphanTokens = Literal["reject", "strip", "literal"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _STANDALONE = re.compile(r"\A\s*<image>|^[ \t]*<image>[ \t]*$", re.MULTILINE)
+_MEDIA = ("video", "audio")
+_MEDIA_TOKEN = re.compile(r"\A\s*<(?:video|audio)>|^[ \t]*<(?:video|audio)>[ \t]*$", re.MULTILINE)
 _STRIP = re.compile(r"[ \t]*<image>[ \t]*\n?")
 
 
@@ -51,7 +54,8 @@ class Conversation:
 @dataclass
 class _Turn:
     role: str
-    parts: list[dict[str, str]]
+    parts: list[dict[str, Any]]
+    learnt: bool
 
     def images(self) -> int:
         return sum(part["type"] == "image" for part in self.parts)
@@ -75,9 +79,13 @@ def parse_row(row: object, *, orphan_tokens: OrphanTokens = "reject") -> Convers
     """
     if not isinstance(row, Mapping):
         raise RowError(f"the row is {_kind(row)}, not an object with 'conversations'")
+    _refuse_media(row)
+    if _flag({k: v for k, v in row.items() if isinstance(v, bool | int | float)}, "the row") is False:
+        raise RowError("the row says that nothing of it is to be learnt", kind="no_label")
     events: list[str] = []
     images = _image_names(row)
     turns = _read_turns(row, bool(images), orphan_tokens, events)
+    images = _in_order_of_parts(turns, images)
     while turns and _first_spoken(turns) is not None and turns[_index(turns)].role == "assistant":
         del turns[_index(turns)]
         events.append("leading_gpt_dropped")
@@ -88,6 +96,8 @@ def parse_row(row: object, *, orphan_tokens: OrphanTokens = "reject") -> Convers
         events.append("trailing_human_dropped")
     if not any(turn.role == "assistant" for turn in turns):
         raise RowError("no answer to learn from: the row has no question followed by an answer")
+    if not any(turn.learnt for turn in turns if turn.role == "assistant"):
+        raise RowError("no answer to learn from: all have a loss or weight of 0", kind="no_label")
     return Conversation([_message(turn, events) for turn in turns], tuple(images), tuple(events))
 
 
@@ -120,10 +130,12 @@ def _kind(value: object) -> str:
 
 
 def _image_names(row: Mapping[str, Any]) -> list[str]:
-    key = "image" if row.get("image") is not None else "images"
-    value = row.get(key)
-    if value is None or value == "" or value == []:
+    found = [(key, row[key]) for key in ("image", "images") if row.get(key) not in (None, "", [])]
+    if not found:
         return []
+    (key, value), *other = found
+    if other and ([value] if isinstance(value, str) else value) != other[0][1]:
+        raise RowError("the row has both 'image' and 'images', and they differ; leave one of them out")
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list):
         raise RowError(f"'{key}' is {_kind(value)}, not a path or a list of paths")
@@ -134,15 +146,36 @@ def _image_names(row: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def _refuse_media(row: Mapping[str, Any]) -> None:
+    for key in row:
+        if key in (*_MEDIA, *(f"{word}s" for word in _MEDIA)) and row[key] not in (None, "", []):
+            raise RowError(f"the row has '{key}', which no model here sees", kind="video")
+
+
+def _flag(holder: Mapping[str, Any], place: str) -> bool | None:
+    """Whether a row or turn is learnt by its own word; None where it says nothing."""
+    said = {key: holder[key] for key in ("loss", "weight") if holder.get(key) is not None}
+    if (
+        any(value not in (0, 1) for value in said.values())
+        or len({bool(value) for value in said.values()}) > 1
+    ):
+        words = ", ".join(f"{key!r}: {value!r}" for key, value in said.items())
+        raise RowError(
+            f"{place} has {words}: it is learnt whole (1, true) or not at all (0, false); a source as a whole has a "
+            "weight in the recipe"
+        )
+    return next((bool(value) for value in said.values()), None)
+
+
 def _read_turns(
     row: Mapping[str, Any], has_images: bool, orphan: OrphanTokens, events: list[str]
 ) -> list[_Turn]:
-    key = "conversations" if "conversations" in row else "messages"
-    if key not in row:
+    key = next((key for key in ("conversations", "messages") if row.get(key) is not None), "conversations")
+    if "conversations" not in row and "messages" not in row:
         raise RowError(
             f"the row has no 'conversations' (and no 'messages'); its keys are {sorted(map(str, row))}"
         )
-    raw = row[key]
+    raw = row.get(key)
     if not isinstance(raw, list):
         raise RowError(f"'{key}' is {_kind(raw)}, not a list of turns")
     if not raw:
@@ -155,7 +188,11 @@ def _read_turns(
         role = _role(turn, place)
         if role == "system" and i > 0:
             raise RowError(f"'{place}' is a system turn; only the first turn may be one")
-        turns.append(_Turn(role, _parts(turn, place, role, has_images, orphan, events)))
+        learnt = _flag(turn, f"'{place}'")
+        if learnt and role != "assistant":
+            raise RowError(f"'{place}' is a turn of the {role} that is to be learnt; only answers are")
+        parts = _parts(turn, place, role, has_images, orphan, events)
+        turns.append(_Turn(role, parts, role == "assistant" and learnt is not False))
     return turns
 
 
@@ -171,7 +208,7 @@ def _role(turn: Mapping[str, Any], place: str) -> str:
 
 def _parts(
     turn: Mapping[str, Any], place: str, role: str, has_images: bool, orphan: OrphanTokens, events: list[str]
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     key = "value" if "value" in turn else "content"
     if key not in turn:
         raise RowError(f"'{place}' has no 'value' (or 'content'); its keys are {sorted(map(str, turn))}")
@@ -180,15 +217,20 @@ def _parts(
         return _listed_parts(value, f"{place}.{key}", role, events)
     if not isinstance(value, str):
         raise RowError(f"'{place}.{key}' is {_kind(value)}, not a string")
-    value = _clean(value, events)
+    value = _clean(value, f"{place}.{key}", events)
+    if role == "user" and (found := _MEDIA_TOKEN.search(value)):
+        raise RowError(
+            f"'{place}.{key}' has {found.group().strip()}, which no model here sees",
+            kind="video",
+        )
     if IMAGE_TOKEN not in value:
         return [{"type": "text", "text": value}]
     if role == "user" and has_images:
         return _split(value)
-    if role == "user" and orphan != "literal" and (found := len(_STANDALONE.findall(value))):
+    if role == "user" and orphan != "literal" and (count := len(_STANDALONE.findall(value))):
         if orphan == "reject":
             raise RowError(
-                f"'{place}' has {found} {IMAGE_TOKEN} but the row has no 'image'; add the image, take the "
+                f"'{place}' has {count} {IMAGE_TOKEN} but the row has no 'image'; add the image, take the "
                 "token out, or set orphan_tokens to 'strip' or 'literal'",
                 kind="token_without_image",
             )
@@ -198,32 +240,40 @@ def _parts(
     return [{"type": "text", "text": value}]
 
 
-def _listed_parts(value: list[Any], place: str, role: str, events: list[str]) -> list[dict[str, str]]:
-    parts: list[dict[str, str]] = []
+def _listed_parts(value: list[Any], place: str, role: str, events: list[str]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            text = _clean(part["text"], events)
+            text = _clean(part["text"], f"{place}[{i}].text", events)
             events.extend(["escaped_literal_image"] * text.count(IMAGE_TOKEN))
             parts.append({"type": "text", "text": text})
         elif kind == "image" and role == "user":
-            if set(part) != {"type"} and any(part[k] for k in part if k != "type"):
+            if any(part[k] for k in part if k not in ("type", "index")):
                 raise RowError(
                     f"'{place}[{i}]' names its image itself; list the paths under the row's 'image'"
                 )
-            parts.append({"type": "image"})
+            parts.append({"type": "image", "index": part.get("index")})
         elif kind == "image":
             raise RowError(
                 f"'{place}[{i}]' is an image in a turn of the {role}; only questions may show images"
             )
         else:
+            media = isinstance(kind, str) and not set(_MEDIA).isdisjoint(kind.split("_"))
             raise RowError(
-                f"'{place}[{i}]' is neither {{'type': 'image'}} nor {{'type': 'text', 'text': ...}}"
+                f"'{place}[{i}]' is neither {{'type': 'image'}} nor {{'type': 'text', 'text': ...}}, but "
+                + (f"of type {kind!r}, which no model here sees" if media else f"{part!r:.80}"),
+                kind="video" if media else "shape",
             )
     return parts
 
 
-def _clean(text: str, events: list[str]) -> str:
+def _clean(text: str, place: str, events: list[str]) -> str:
+    if not RESERVED.isdisjoint(text):
+        codes = ", ".join(f"U+{ord(c):04X}" for c in sorted(RESERVED.intersection(text)))
+        raise RowError(
+            f"'{place}' holds Unicode noncharacters ({codes}), which are not for interchange: remove them"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -232,8 +282,8 @@ def _clean(text: str, events: list[str]) -> str:
     return text
 
 
-def _split(text: str) -> list[dict[str, str]]:
-    parts: list[dict[str, str]] = []
+def _split(text: str) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
     for i, piece in enumerate(text.split(IMAGE_TOKEN)):
         if i:
             parts.append({"type": "image"})
@@ -254,11 +304,35 @@ def _merge(turns: list[_Turn], events: list[str]) -> list[_Turn]:
     merged: list[_Turn] = []
     for turn in turns:
         if merged and merged[-1].role == turn.role:
+            if merged[-1].learnt != turn.learnt:
+                raise RowError(
+                    f"two turns of the {turn.role} follow one another, and only one is to be learnt"
+                )
             merged[-1].parts += [{"type": "text", "text": "\n"}, *turn.parts]
             events.append("consecutive_turns_merged")
         else:
             merged.append(turn)
     return merged
+
+
+def _in_order_of_parts(turns: list[_Turn], images: list[str]) -> list[str]:
+    """The images as their parts name them by ``index``, or as they are."""
+    parts = [part for turn in turns for part in turn.parts if part["type"] == "image"]
+    order = [part.pop("index", None) for part in parts]
+    if all(number is None for number in order):
+        return images
+    for number in order:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(images):
+            raise RowError(
+                f"an image part has the index {number!r}; all are to be numbers from 0, for the row has "
+                f"{len(images)} images",
+                kind="image_count",
+            )
+    if set(order) != set(range(len(images))):
+        raise RowError(
+            f"image parts show images {sorted(set(order))} of the row's {len(images)}", kind="image_count"
+        )
+    return [images[number] for number in order]
 
 
 def _match_images(turns: list[_Turn], images: list[str], events: list[str]) -> None:
@@ -278,7 +352,7 @@ def _match_images(turns: list[_Turn], images: list[str], events: list[str]) -> N
 
 
 def _message(turn: _Turn, events: list[str]) -> Message:
-    parts: list[dict[str, str]] = []
+    parts: list[dict[str, Any]] = []
     for part in turn.parts:
         if part["type"] == "text" and parts and parts[-1]["type"] == "text":
             parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
@@ -287,4 +361,5 @@ def _message(turn: _Turn, events: list[str]) -> Message:
     if turn.role == "assistant" and not "".join(part["text"] for part in parts).strip():
         events.append("empty_answer")
         parts = []
-    return {"role": turn.role, "content": parts or [{"type": "text", "text": ""}]}
+    message = {"role": turn.role, "content": parts or [{"type": "text", "text": ""}]}
+    return message if turn.learnt or turn.role != "assistant" else {**message, "loss": False}

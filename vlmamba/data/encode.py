@@ -19,7 +19,7 @@ from vlmamba.common.vocabulary import IGNORE_INDEX, ImageRef, Message
 from vlmamba.data.conversation import ImagePosition, place_images
 from vlmamba.data.downloads import download_hint
 from vlmamba.data.pixels import PixelBuffer
-from vlmamba.data.types import Encoded, Item, Processor, RowError, Sample, as_long
+from vlmamba.data.types import Encoded, Item, Processor, RowError, Sample, as_long, row_errors
 from vlmamba.errors import ConfigError, ImageError
 
 
@@ -96,31 +96,32 @@ class SampleEncoder:
         """Tokens and labels within `max_length` (the rules are in the class's docstring).
 
         Raises:
-            RowError: Not even one supervised token fits.
+            RowError: Not even one supervised token fits, or the chat template or the tokenizer refuses the row.
         """
-        messages, images = sample.messages, sample.images
-        encoded = self.processor.encode_messages(messages)
-        self._check(encoded, images, sample)
-        prompt, total = _first_label(encoded.labels), len(encoded.input_ids)
-        events: list[str] = []
-        while self._ends_in_image(encoded):
-            shorter = _without_last_exchange(messages)
-            if shorter is None:
-                raise self._too_long(sample, prompt, total)
-            messages = shorter
-            images = images[: _count_images(messages)]
+        with row_errors(sample.where, sample.id, "template"):
+            messages, images = sample.messages, sample.images
             encoded = self.processor.encode_messages(messages)
-            events.append("turns_dropped")
-        ids, labels = list(encoded.input_ids), list(encoded.labels)
-        if len(ids) > self.max_length:
-            labels = labels[: self.max_length]
-            end = _last_label(labels) + 1
-            ids, labels = ids[:end], labels[:end]
-            events.append("truncated")
-        fitted = Fitted(ids, labels, images, tuple(events))
-        if not fitted.num_supervised:
-            raise self._too_long(sample, prompt, total)
-        return fitted
+            self._check(encoded, images, sample)
+            prompt, total = _first_label(encoded.labels), len(encoded.input_ids)
+            events: list[str] = []
+            while self._ends_in_image(encoded):
+                shorter = _without_last_exchange(messages)
+                if shorter is None:
+                    raise self._too_long(sample, prompt, total)
+                messages = shorter
+                images = images[: _count_images(messages)]
+                encoded = self.processor.encode_messages(messages)
+                events.append("turns_dropped")
+            ids, labels = list(encoded.input_ids), list(encoded.labels)
+            if len(ids) > self.max_length:
+                labels = labels[: self.max_length]
+                end = _last_label(labels) + 1
+                ids, labels = ids[:end], labels[:end]
+                events.append("truncated")
+            fitted = Fitted(ids, labels, images, tuple(events))
+            if not fitted.num_supervised:
+                raise self._too_long(sample, prompt, total)
+            return fitted
 
     def load_images(
         self,
@@ -138,8 +139,9 @@ class SampleEncoder:
             return None
         opened = self.open_pictures(sample, images, events)
         prepare = self.processor.image_processor
-        placed = None if buffer is None else buffer.add(prepare, opened)
-        return placed if placed is not None else torch.as_tensor(prepare(opened)["pixel_values"])
+        with row_errors(sample.where, sample.id):
+            placed = None if buffer is None else buffer.add(prepare, opened)
+            return placed if placed is not None else torch.as_tensor(prepare(opened)["pixel_values"])
 
     def open_pictures(
         self, sample: Sample, images: Sequence[ImageRef], events: list[str]

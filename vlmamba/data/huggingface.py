@@ -20,6 +20,8 @@ from vlmamba.errors import DataError, ImageError, MissingFileError, require
 
 TEXT_COLUMNS = ("conversations", "messages")
 IMAGE_COLUMNS = ("image", "images")
+OTHER_COLUMNS = ("id", "loss", "weight", "video", "videos", "audio", "audios")
+"""What else of a row has a meaning (`vlmamba.data.conversation`)."""
 
 
 class HuggingFaceSource:
@@ -55,10 +57,7 @@ class HuggingFaceSource:
         self.name = name or _name(annotations)
         self.columns = _Columns(dataset.column_names, self.name, image_root)
         self.orphan_tokens: OrphanTokens = orphan_tokens
-        pyarrow = require("pyarrow", extra="train", feature="reading Hugging Face datasets")
         self._table = dataset.select_columns(self.columns.needed).with_format("arrow")
-        kind = None if self.columns.image is None else dataset.data.schema.field(self.columns.image).type
-        self._many = kind is not None and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind))
 
     @property
     def fingerprint(self) -> str:
@@ -79,13 +78,14 @@ class HuggingFaceSource:
         table = self._table[row]
         where = f"{self.name}:row {row}"
         values = {key: table.column(key)[0].as_py() for key in self.columns.plain}
-        images: list[ImageRef] = []
-        if self.columns.image is not None:
-            cell = table.column(self.columns.image)[0]
-            cells = list(cell) if self._many and cell.is_valid else [cell]
-            images = [
-                self._image(c, f"image {n} of {where}", where) for n, c in enumerate(cells) if c.is_valid
-            ]
+        columns = [table.column(key)[0] for key in self.columns.images]
+        # Of the scalars of a table only lists have values, and structures keys.
+        lists = [
+            list(cell) if hasattr(cell, "values") and not hasattr(cell, "keys") and cell.is_valid else [cell]
+            for cell in columns
+        ]
+        cells = self.columns.pictures([[cell for cell in cells if cell.is_valid] for cells in lists])
+        images = [self._image(cell, f"image {n} of {where}", where) for n, cell in enumerate(cells)]
         return sample_of(
             self.columns.row(values),
             images,
@@ -138,9 +138,10 @@ class HuggingFaceStream:
         for number, row in enumerate(rows.skip(start) if start else rows, start=start):
             where = f"{self.name}:shard {shard}, row {number}"
             try:
-                value = row.get(self.columns.image) if self.columns.image is not None else None
-                values = value if isinstance(value, list) else [value]
-                images = [self._image(v, where) for v in values if v is not None]
+                columns = [row.get(key) for key in self.columns.images]
+                lists = [value if isinstance(value, list) else [value] for value in columns]
+                values = self.columns.pictures([[v for v in some if v is not None] for some in lists])
+                images = [self._image(value, where) for value in values]
                 yield sample_of(
                     self.columns.row(row),
                     images,
@@ -169,24 +170,32 @@ class _Columns:
     """Which columns are read, and how."""
 
     def __init__(self, names: list[str], source: str, image_root: str | os.PathLike[str] | None) -> None:
-        text = next((key for key in TEXT_COLUMNS if key in names), None)
-        if text is None:
+        self.texts = [key for key in TEXT_COLUMNS if key in names]
+        if not self.texts:
             raise DataError(
                 f"the data set {source} has no column 'conversations' or 'messages'; its columns are "
                 f"{sorted(names)}. Rename one with datasets' rename_column."
             )
-        self.text = text
-        self.image = next((key for key in IMAGE_COLUMNS if key in names), None)
-        self.plain = [text, *(["id"] if "id" in names else [])]
-        self.needed = [*self.plain, *([self.image] if self.image is not None else [])]
+        self.images = [key for key in IMAGE_COLUMNS if key in names]
+        self.plain = [*self.texts, *(key for key in OTHER_COLUMNS if key in names)]
+        self.needed = [*self.plain, *self.images]
         self.image_root = None if image_root is None else Path(image_root).expanduser().absolute()
 
     def row(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Id and turns. Older files store a list of turns as one dictionary of lists."""
-        turns = values[self.text]
-        if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
-            turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
-        return {"id": values.get("id"), self.text: turns}
+        """All but the pictures. Older files store a list of turns as one dictionary of lists."""
+        row = {key: values.get(key) for key in self.plain}
+        for key in self.texts:
+            turns = row[key]
+            if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
+                row[key] = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
+        return row
+
+    def pictures(self, columns: list[list[Any]]) -> list[Any]:
+        """Those of the one column that has any."""
+        filled = [cells for cells in columns if cells]
+        if len(filled) > 1:
+            raise RowError("the row has pictures under both 'image' and 'images'")
+        return filled[0] if filled else []
 
     def path(self, value: object, where: str) -> Path:
         """The file a path of the table means."""

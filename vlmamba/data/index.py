@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 from array import array
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array, one_process
+from vlmamba.data.cache import file_key, kept_table
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.errors import DataError, MissingFileError
 
@@ -26,6 +27,15 @@ KEPT_FROM = 1 << 24
 """Offsets of files of so many bytes are kept in the cache folder; smaller ones are read faster than found."""
 _BLANK = " \t\n\r"
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_ARCHIVES = {
+    "gzip": b"\x1f\x8b",
+    "zip": b"PK\x03\x04",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\0",
+    "zstd": b"\x28\xb5\x2f\xfd",
+}
+_NEXT = re.compile(r"[,\]]")
+_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 class RowFile:
@@ -47,27 +57,20 @@ class RowFile:
         if not self.path.is_file():
             raise MissingFileError(missing_file_message(self.path, "the annotation file", hint))
         self.is_lines = self.path.suffix.lower() in JSONL_SUFFIXES
-        path_text, size, changed = file_key(self.path)
+        name, size, changed = file_key(self.path)
         self.fingerprint = f"{self.path.name}:{size}:{changed}"
-        kept = cache_folder() / cache_name("rows", _VERSION, path_text, size, changed, self.is_lines)
-        self._table = self._find_rows() if size < KEPT_FROM else self._kept_rows(kept)
+        if size < KEPT_FROM:
+            self._table = self._find_rows()
+        else:
+            key = (_VERSION, name, size, changed, self.is_lines)
+            self._table = kept_table("rows", key, self._find_rows, columns=3)
         self._handle: tuple[int, int] | None = None
-
-    def _kept_rows(self, kept: Path) -> np.ndarray:
-        """As `_find_rows`, from the cache folder; of several processes that find nothing there, one looks."""
-        table = load_array(kept, columns=3, mapped=True)
-        if table is not None:
-            return table
-        with one_process(kept):
-            table = load_array(kept, columns=3, mapped=True)
-            if table is None:
-                table = self._find_rows()
-                keep_array(kept, table)
-        return table
 
     def _find_rows(self) -> np.ndarray:
         """(rows, 3) int64: first byte, end, and line (0 in a list) of each row."""
         with self.path.open("rb") as file:
+            self._refuse_archives(file.read(8))
+            file.seek(0)
             if self.is_lines:
                 columns: tuple[array[int], ...] = _index_lines(file, self.path)
             else:
@@ -76,6 +79,13 @@ class RowFile:
         for column, values in enumerate(columns):
             table[:, column] = np.frombuffer(values, dtype=np.int64)
         return table
+
+    def _refuse_archives(self, head: bytes) -> None:
+        for kind, magic in _ARCHIVES.items():
+            if head.startswith(magic):
+                raise DataError(
+                    f"{self.path} is compressed ({kind}); rows are read by their place: unpack it."
+                )
 
     def __len__(self) -> int:
         return len(self._table)
@@ -94,8 +104,11 @@ class RowFile:
         """
         try:
             return json.loads(self.raw(row))
-        except (ValueError, RecursionError) as error:
-            hint = "" if self.is_lines else " The file has changed since it was indexed; start again."
+        except RecursionError as error:
+            raise DataError("the row is nested too deeply to be read") from error
+        except ValueError as error:
+            broken = isinstance(error, json.JSONDecodeError) and not self.is_lines
+            hint = " The file has changed since it was indexed; start again." if broken else ""
             raise DataError(f"the row is not valid JSON: {error}.{hint}") from error
 
     def raw(self, row: int) -> bytes:
@@ -168,7 +181,8 @@ class _ListIndexer:
         if self.peek() == "]":
             return self.close()
         while True:
-            self.peek()
+            if self.peek() == "]":
+                self.fail("a comma stands before the end of the list", "Take it out.")
             end = self.element()
             self.starts.append(self.byte)
             self.advance(end)
@@ -194,12 +208,17 @@ class _ListIndexer:
         while True:
             try:
                 _, end = self.scan(self.text, self.at)
-                if end < len(self.text) or self.ended:
-                    return int(end)
-            except (ValueError, RecursionError) as error:
+            except json.JSONDecodeError as error:
                 if self.ended:
-                    message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                    self.fail(message)
+                    self.fail(error.msg)
+                end = len(self.text)
+            except (
+                ValueError,
+                RecursionError,
+            ):  # nested too deeply, numbers too long: an error of this row alone
+                end = _end_of_brackets(self.text, self.at)
+            if end < len(self.text) or self.ended:
+                return int(end)
             self.more()
 
     def more(self) -> None:
@@ -231,10 +250,13 @@ class _ListIndexer:
             self.grow = _CHUNK
             self.more()
 
-    def fail(self, message: str) -> NoReturn:
+    def fail(
+        self,
+        message: str,
+        advice: str = "It may have been cut off while downloading; compare its size with the original.",
+    ) -> NoReturn:
         raise DataError(
-            f"{self.path} is not a valid JSON list: at row {len(self.starts)} (byte {self.byte}): {message}. "
-            "It may have been cut off while downloading; compare its size with the original."
+            f"{self.path} is not a valid JSON list: at row {len(self.starts)} (byte {self.byte}): {message}. {advice}"
         )
 
     def reject(self, first: str) -> NoReturn:
@@ -248,3 +270,16 @@ class _ListIndexer:
         raise DataError(
             f"{self.path} is not a JSON list of rows: it begins with {self.text[self.at : self.at + 20]!r}."
         )
+
+
+def _end_of_brackets(text: str, start: int) -> int:
+    """Where what begins at `start` is closed again, by its brackets alone; the end of the text if it is not."""
+    if text[start] not in "[{":
+        end = _NEXT.search(text, start)
+        return end.start() if end else len(text)
+    depth = 0
+    for mark in _MARKS.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark.group(), 0)
+        if depth == 0 and mark.group()[0] != '"':
+            return mark.end()
+    return len(text)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.files import append_text
 from vlmamba.errors import DataError
 
 FREE_KINDS = frozenset({"too_long"})
@@ -64,9 +65,7 @@ class BadSamples:
                 new.append(record)
         unlisted = [record for record in new if record["index"] not in self._listed]
         if unlisted and self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dict(record)) + "\n" for record in unlisted)
+            append_text(self.path, "".join(json.dumps(dict(record)) + "\n" for record in unlisted))
         if new and self.charged > self.allowed:
             raise DataError(self.message())
         return len(new)

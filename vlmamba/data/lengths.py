@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlmamba.common.progress import progress_bar
-from vlmamba.data.cache import cache_name, keep_array, load_array
+from vlmamba.data.cache import kept_table
 from vlmamba.data.dataset import VLDataset
-from vlmamba.data.sources import source_fingerprint
+from vlmamba.data.loader import as_is, killed_is_data_error
 from vlmamba.data.types import RowError
 
-_VERSION = 1
+T = TypeVar("T")
+
+_VERSION = 2
 _CHUNK = 256
 USABLE, BAD, TOO_LONG = 0, 1, 2
 
@@ -94,58 +97,82 @@ def compute_lengths(
     Returns:
         A table in the order of the data set.
     """
-    path = _cache_path(dataset, cache_dir, processor_fingerprint)
-    kept = None if path is None else load_array(path, columns=4)
-    if kept is not None and len(kept) == len(dataset):
-        return LengthTable(kept)
-    chunks: Iterable[np.ndarray] = DataLoader(
-        _Chunks(dataset),
-        batch_size=None,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # its own: else dropout would depend on whether the rows had been measured
-    )
-    values = np.zeros((len(dataset), 4), dtype=np.int32)
-    with progress_bar(len(dataset), "measuring rows", "row", enabled=progress) as bar:
-        begin = 0
-        for chunk in chunks:
-            values[begin : begin + len(chunk)] = chunk
-            begin += len(chunk)
-            bar.update(len(chunk))
-    if path is not None:
-        keep_array(path, values)
-    return LengthTable(values)
 
+    def find() -> np.ndarray:
+        work = partial(_measure, dataset)
+        chunks = in_chunks(
+            work,
+            len(dataset),
+            size=_CHUNK,
+            num_workers=num_workers,
+            title="measuring rows",
+            progress=progress,
+        )
+        return np.concatenate([np.empty((0, 4), dtype=np.int32), *chunks])
 
-def _measure(dataset: VLDataset, index: int) -> tuple[int, int, int, int]:
-    try:
-        fitted = dataset.fit(dataset.sample(index))
-    except RowError as error:
-        return 0, 0, 0, TOO_LONG if error.kind == "too_long" else BAD
-    return len(fitted.input_ids), len(fitted.images), fitted.num_supervised, USABLE
-
-
-class _Chunks(Dataset[np.ndarray]):
-    def __init__(self, dataset: VLDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return -(-len(self.dataset) // _CHUNK)
-
-    def __getitem__(self, chunk: int) -> np.ndarray:
-        rows = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.dataset)))
-        return np.array([_measure(self.dataset, row) for row in rows], dtype=np.int32)
-
-
-def _cache_path(dataset: VLDataset, cache_dir: Path | None, processor: str | None) -> Path | None:
-    prints = [source_fingerprint(source) for source in dataset.mixture.sources]
-    if cache_dir is None or processor is None or None in prints:
-        return None
-    key = [
+    prints = [getattr(source, "fingerprint", None) for source in dataset.mixture.sources]
+    if cache_dir is None or processor_fingerprint is None or None in prints:
+        return LengthTable(find())
+    key = (
         _VERSION,
         prints,
-        processor,
+        processor_fingerprint,
         dataset.max_length,
         dataset.image_position,
         dataset.processor.num_image_tokens,
-    ]
-    return Path(cache_dir) / cache_name("lengths", *key)
+    )
+    return LengthTable(kept_table("lengths", key, find, columns=4, folder=Path(cache_dir), mapped=False))
+
+
+def _measure(dataset: VLDataset, rows: range) -> np.ndarray:
+    """(rows, 4): see `LengthTable`."""
+    found = []
+    for row in rows:
+        try:
+            fitted = dataset.fit(dataset.sample(row))
+            found.append((len(fitted.input_ids), len(fitted.images), fitted.num_supervised, USABLE))
+        except RowError as error:
+            found.append((0, 0, 0, TOO_LONG if error.kind == "too_long" else BAD))
+    return np.array(found, dtype=np.int32)
+
+
+class _Chunks(Dataset[T]):
+    """What is made of consecutive rows."""
+
+    def __init__(self, work: Callable[[range], T], count: int, size: int) -> None:
+        self.work, self.count, self.size = work, count, size
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def __getitem__(self, chunk: int) -> T:
+        return self.work(range(chunk * self.size, min((chunk + 1) * self.size, self.count)))
+
+
+def in_chunks(
+    work: Callable[[range], T], count: int, *, size: int, num_workers: int, title: str, progress: bool
+) -> Iterator[T]:
+    """Results for consecutive rows, in order, made by several processes.
+
+    Args:
+        work: Makes a result of some rows.
+        count: All rows.
+        size: Rows at a time.
+        num_workers: Processes; 0 does it in this one.
+        title: Of the bar.
+        progress: Show a bar, unless VLMAMBA_PROGRESS is 0.
+
+    Raises:
+        DataError: A process was killed.
+    """
+    chunks = DataLoader(
+        _Chunks(work, count, size),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=as_is,
+        generator=torch.Generator(),  # its own: else dropout would depend on whether the rows had been measured
+    )
+    with progress_bar(count, title, "row", enabled=progress) as bar, killed_is_data_error():
+        for number, result in enumerate(chunks):
+            yield result
+            bar.update(min(size, count - number * size))

@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -251,8 +252,23 @@ def received(batches: Iterator[Batch], account: BadSamples) -> Batch:
     Raises:
         DataError: A worker met an error that it could not pass over, was killed, or gave nothing in time.
     """
-    try:
+    with killed_is_data_error():
         batch = next(batches)
+    if _FAILURE in batch:
+        raise batch[_FAILURE]
+    account.add(batch["bad_samples"])
+    return batch
+
+
+@contextmanager
+def killed_is_data_error() -> Iterator[None]:
+    """Say what it means when torch says that a worker process gives nothing any more.
+
+    Raises:
+        DataError: It was killed, or gave nothing in time.
+    """
+    try:
+        yield
     except (
         RuntimeError,
         ConnectionError,
@@ -265,10 +281,6 @@ def received(batches: Iterator[Batch], account: BadSamples) -> Batch:
             "(see dmesg) or of shared memory (/dev/shm): lower data.num_workers, or raise the job's memory. Nothing "
             "is lost but the steps since the last checkpoint; continue with --resume."
         ) from error
-    if _FAILURE in batch:
-        raise batch[_FAILURE]
-    account.add(batch["bad_samples"])
-    return batch
 
 
 def build_loader(

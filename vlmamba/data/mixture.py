@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlmamba.data.sources import read_row
 from vlmamba.data.types import Sample, Source
 from vlmamba.errors import ConfigError
 
@@ -57,8 +58,7 @@ class Mixture:
         return self.sources[which], index - self.offsets[which]
 
     def __getitem__(self, index: int) -> Sample:
-        source, row = self.locate(index)
-        return source[row]
+        return read_row(*self.locate(index))
 
     def epoch_indices(self, epoch: int) -> np.ndarray:
         """The global indices of an epoch, with repeats, not shuffled (the plan does that): int64."""

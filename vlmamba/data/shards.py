@@ -28,19 +28,21 @@ from typing import Any
 
 import numpy as np
 
+from vlmamba.common.images import MAX_BYTES
 from vlmamba.common.progress import progress_bar
-from vlmamba.common.vocabulary import ImageRef, StoredImage
-from vlmamba.data.cache import cache_folder, cache_name, file_key, keep_array, load_array
+from vlmamba.common.vocabulary import StoredImage
+from vlmamba.data.cache import file_key, kept_table
 from vlmamba.data.conversation import OrphanTokens
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.data.sources import sample_of
-from vlmamba.data.types import RowError, Sample
+from vlmamba.data.types import RowError, Sample, row_errors
 from vlmamba.errors import DataError, MissingFileError, require
 
 TEXTS = ("json", "txt", "caption")
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "img")
-_KINDS = TEXTS + PICTURES
-_VERSION = 1
+VIDEOS = ("mp4", "webm", "avi", "mov", "mkv")
+_KINDS = TEXTS + PICTURES + VIDEOS
+_VERSION = 2
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -131,7 +133,7 @@ class ShardSource:
         key = _key_at(path, int(self._members[shard][first, 2]))
         members = [
             (_KINDS[kind], partial(_read, path, offset, size))
-            for _, kind, offset, size in self._members[shard][first:last].tolist()
+            for _, kind, _, offset, size in self._members[shard][first:last].tolist()
         ]
         return _sample(members, key, self.name, row, f"{path}:{key}", self.orphan_tokens)
 
@@ -171,9 +173,13 @@ class ShardStream:
                 ):
                     contents = []
                     for member in members:
-                        stream = tar.extractfile(member) if number >= start else None
-                        if stream is not None:
-                            contents.append((_split(member.name)[1], partial(bytes, stream.read())))
+                        if number < start:
+                            continue
+                        stream = tar.extractfile(member) if member.size <= MAX_BYTES else None
+                        read = (
+                            partial(_refuse, member.size) if stream is None else partial(bytes, stream.read())
+                        )
+                        contents.append((_split(member.name)[1], read))
                     if number >= start:
                         yield self._row(contents, key, number, f"{name}:{key}")
         except (tarfile.TarError, EOFError, OSError) as error:
@@ -221,45 +227,51 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _members(path: Path) -> np.ndarray:
-    """(members, 4) int64: row, kind, offset and size of the content."""
-    kept = cache_folder() / cache_name("shard", _VERSION, *file_key(path))
-    table = load_array(kept, columns=4, mapped=True)
-    if table is not None:
-        return table
-    found: list[tuple[int, int, int, int]] = []
+    """(members, 5) int64: row, kind, place of the header, place and size of the content."""
+    return kept_table("shard", (_VERSION, *file_key(path)), partial(_find_members, path), columns=5)
+
+
+def _find_members(path: Path) -> np.ndarray:
+    found: list[tuple[int, ...]] = []
     row, last = -1, None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in _files(tar):
                 key, kind = _split(member.name)
                 row, last = (row, last) if key == last else (row + 1, key)
-                found.append((row, _KINDS.index(kind), member.offset_data, member.size))
+                found.append((row, _KINDS.index(kind), member.offset, member.offset_data, member.size))
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"the shard {path} cannot be read: {error}. It is cut off, or not a plain tar file; compressed shards can "
             "only be streamed (data.stream)."
         ) from error
     size = path.stat().st_size
-    if found and found[-1][2] + found[-1][3] > size:
+    if found and sum(found[-1][3:]) > size:
         raise DataError(
             f"the shard {path} is cut off: its last member ends after its {size} bytes. Get it again."
         )
-    table = np.array(found, dtype=np.int64).reshape(-1, 4)
-    keep_array(kept, table)
-    return table
+    return np.array(found, dtype=np.int64).reshape(-1, 5)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
+    if size > MAX_BYTES:
+        return _refuse(size)
     with path.open("rb", buffering=0) as file:
         return os.pread(file.fileno(), size, offset)
 
 
-def _key_at(path: Path, content: int) -> str:
-    """The sample's name, from the header in front of its first member's content."""
-    info = tarfile.TarInfo.frombuf(
-        _read(path, content - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE), "utf-8", "surrogateescape"
-    )
-    return _split(info.name)[0]
+def _refuse(size: int) -> bytes:
+    raise DataError(f"a member of {size} bytes is larger than the {MAX_BYTES} that are read")
+
+
+def _key_at(path: Path, header: int) -> str:
+    """The sample's name, from the header of its first member (long names have one of their own in front)."""
+    with path.open("rb") as file:
+        file.seek(header)
+        with tarfile.TarFile(fileobj=file) as tar:
+            member = tar.next()
+    assert member is not None
+    return _split(member.name)[0]
 
 
 def _sample(
@@ -271,26 +283,34 @@ def _sample(
     orphan_tokens: OrphanTokens,
 ) -> Sample:
     """A sample of its members: (kind, how to read it)."""
-    texts = {kind: read for kind, read in members if kind in TEXTS}
-    images: list[ImageRef] = [
+    images = [
         StoredImage(f"{kind} image {n} of {where}", read)
         for n, (kind, read) in enumerate((kind, read) for kind, read in members if kind in PICTURES)
     ]
-    row: Any = {}
-    if "json" in texts:
+    with row_errors(where, key):
+        if any(kind in VIDEOS for kind, _ in members):
+            raise RowError("the sample has a video, which no model here sees", kind="video")
+        text = _one([read for kind, read in members if kind == "json"], "json")
         try:
-            row = json.loads(texts["json"]())
+            row: Any = {} if text is None else json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise RowError(f"its json is not valid: {error}", where, key) from error
-    caption = texts.get("txt") or texts.get("caption")
-    if caption is not None and not (isinstance(row, dict) and {"conversations", "messages"} & row.keys()):
-        words = caption().decode("utf-8", "replace").strip()
-        row = {
-            "messages": [
-                {"role": "user", "content": "<image>" * len(images)},
-                {"role": "assistant", "content": words},
-            ]
-        }
-    if isinstance(row, dict) and not isinstance(row.get("id"), str | int):
-        row = {**row, "id": key}
-    return sample_of(row, images, source=source, number=number, where=where, orphan_tokens=orphan_tokens)
+            raise RowError(f"its json is not valid: {error}") from error
+        if isinstance(row, dict) and row.get("conversations") is None and row.get("messages") is None:
+            caption = _one([read for kind, read in members if kind in ("txt", "caption")], "caption")
+            if caption is not None and not images:
+                raise RowError("the sample has a caption and no picture", kind="image")
+            if caption is not None:
+                words = caption.decode("utf-8", "surrogateescape").strip()
+                question = {"role": "user", "content": "<image>" * len(images)}
+                row = {"messages": [question, {"role": "assistant", "content": words}]}
+        if isinstance(row, dict) and not isinstance(row.get("id"), str | int):
+            row = {**row, "id": key}
+        return sample_of(row, images, source=source, number=number, where=where, orphan_tokens=orphan_tokens)
+
+
+def _one(found: Sequence[Any], what: str) -> bytes | None:
+    if len(found) > 1:
+        raise RowError(
+            f"the sample has {len(found)} members that are its {what}; which is meant cannot be told"
+        )
+    return bytes(found[0]()) if found else None

@@ -13,8 +13,8 @@ from vlmamba.common.vocabulary import ImageRef
 from vlmamba.data.conversation import OrphanTokens, parse_row
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.data.index import RowFile
-from vlmamba.data.types import RowError, Sample, Source, Stream
-from vlmamba.errors import DataError, ImageError, MissingFileError
+from vlmamba.data.types import Sample, Source, Stream, row_errors
+from vlmamba.errors import ImageError, MissingFileError
 from vlmamba.registry import Registry
 
 SOURCES: Registry[type] = Registry("data source")
@@ -94,16 +94,24 @@ def sample_of(
     Raises:
         RowError: The row is wrong, with its place and id.
     """
-    row_id = row.get("id") if isinstance(row, Mapping) else None
-    row_id = row_id if isinstance(row_id, str | int) else None
+    row_id = _id_of(row)
     if isinstance(row, Mapping):
         row = {**row, "image": None, "images": [str(i) for i in range(len(images))]}
-    try:
+    with row_errors(where, row_id):
         conversation = parse_row(row, orphan_tokens=orphan_tokens)
-    except RowError as error:
-        raise RowError(error.reason, where, row_id, error.kind) from None
-    kept = tuple(images)[: len(conversation.images)]
-    return Sample(row_id, conversation.messages, kept, source, number, where, conversation.events)
+    shown = tuple(images[int(name)] for name in conversation.images)
+    return Sample(row_id, conversation.messages, shown, source, number, where, conversation.events)
+
+
+def read_row(source: Source, row: int) -> Sample:
+    """A row of a source; whatever the source raises for it is a `RowError`."""
+    with row_errors(f"{source.name}:row {row}"):
+        return source[row]
+
+
+def _id_of(row: object) -> str | int | None:
+    value = row.get("id") if isinstance(row, Mapping) else None
+    return value if isinstance(value, str | int) else None
 
 
 class LLaVASource:
@@ -161,31 +169,18 @@ class LLaVASource:
         if not 0 <= row < len(self.rows):
             raise IndexError(f"row {row} of {self.name}, which has {len(self.rows)}")
         where = self.rows.where(row)
-        row_id = None
-        try:
+        with row_errors(where):
             data = self.rows[row]
-            row_id = data.get("id") if isinstance(data, dict) else None
-            row_id = row_id if isinstance(row_id, str | int) else None
+        row_id = _id_of(data)
+        with row_errors(where, row_id):
             conversation = parse_row(data, orphan_tokens=self.orphan_tokens)
             paths = tuple(self._resolve(name) for name in conversation.images)
-        except RowError as error:
-            raise RowError(error.reason, where, row_id, error.kind) from None
-        except ImageError as error:
-            raise RowError(str(error), where, row_id, "image") from error
-        except DataError as error:
-            raise RowError(str(error), where, row_id) from error
         return Sample(row_id, conversation.messages, paths, self.name, row, where, conversation.events)
 
     def _resolve(self, name: str) -> Path:
         if self.image_root is None:
             raise ImageError(f"the row names the image {name!r} but the source has no image_root; set it")
         return resolve_image_path(self.image_root, name, allow_symlinks=self.allow_symlinks)
-
-
-def source_fingerprint(source: Source) -> str | None:
-    """The fingerprint of a source, or None when it has none (its lengths are then not cached)."""
-    value = getattr(source, "fingerprint", None)
-    return value if isinstance(value, str) else None
 
 
 def build_source(kind: str = "llava", **options: object) -> Source:

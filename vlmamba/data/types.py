@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from vlmamba.common.vocabulary import ImageRef, Message
-from vlmamba.errors import DataError
+from vlmamba.errors import DataError, ImageError, VLMambaError
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class RowError(DataError):
         reason: What is wrong and what to do.
         where: File and row or line.
         id: The row's id.
-        kind: A short name for counters: "shape", "image", "image_count", "token_without_image", "too_long".
+        kind: A short name for counters: "shape", "image", "image_count", "token_without_image", "too_long", "no_label",
+            "video", "template", "error".
     """
 
     def __init__(
@@ -134,6 +136,36 @@ class RowError(DataError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, self.where, self.id, self.kind)
+
+
+@contextmanager
+def row_errors(where: str, row_id: str | int | None = None, kind: str = "shape") -> Iterator[None]:
+    """Whatever goes wrong with a row becomes its `RowError`.
+
+    Wrong settings, missing packages and files, and want of memory are nobody's row: they stay what they are.
+
+    Args:
+        where: File and row or line, for errors that do not know it.
+        row_id: The row's id, likewise.
+        kind: Of a `DataError`; others are of kind "image" or "error".
+
+    Raises:
+        RowError: The block raised something.
+    """
+    try:
+        yield
+    except RowError as error:
+        if error.where:
+            raise
+        raise RowError(error.reason, where, row_id, error.kind) from error.__cause__
+    except ImageError as error:
+        raise RowError(str(error), where, row_id, "image") from error
+    except DataError as error:
+        raise RowError(str(error), where, row_id, kind) from error
+    except (VLMambaError, MemoryError, AssertionError):
+        raise
+    except Exception as error:  # of a source, a template or a tokenizer that is the user's own
+        raise RowError(f"{type(error).__name__}: {error}", where, row_id, "error") from error
 
 
 EVENTS = (

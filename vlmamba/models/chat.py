@@ -24,13 +24,12 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from vlmamba.common.vocabulary import IMAGE_TOKEN, Message
+from vlmamba.common.vocabulary import IMAGE_TOKEN, RESERVED, Message
 from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.registry import close_matches
 
-# Unicode noncharacters, set aside for internal use by the Unicode standard (section 23.7); text may not contain them.
+# Of `RESERVED`, which text may not contain.
 _START, _END, _LITERAL = "\ufdd0", "\ufdd1", 0xFDD2
-_NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
 _MAX_LITERALS = 0xFDF0 - _LITERAL
 _PLACEHOLDER = re.compile("([\ufdd2-\ufdef])")
 _LITERAL_TEXT = re.compile(f"{_START}(.*?){_END}", re.DOTALL)
@@ -155,7 +154,8 @@ def render_segments(
     Args:
         template: Jinja text of the chat template.
         messages: ``{"role", "content"}`` each; content is a string or a list of ``{"type": "image"}`` and
-            ``{"type": "text", "text": ...}``. Text is taken literally, whatever it looks like.
+            ``{"type": "text", "text": ...}``. Text is taken literally, whatever it looks like. An answer with
+            ``"loss": False`` is not supervised.
         special_tokens: Strings that the tokenizer treats as special; in message text they stay plain text.
         add_generation_prompt: End with what precedes the next answer.
         variables: Further template variables (``eos_token``, ``bos_token``).
@@ -177,10 +177,19 @@ def render_segments(
     except jinja2.TemplateError as error:
         roles = [m.get("role") for m in messages]
         raise DataError(f"the chat template refuses this conversation: {error} (roles: {roles})") from error
+    parts = text.split(_START)
+    learnt = [m.get("loss") is not False for m in messages if m.get("role") == "assistant"]
+    if not all(learnt) and len(learnt) != len(parts) - 1:
+        raise DataError(
+            f"some answers have a loss of false, but the chat template writes {len(parts) - 1} for {len(learnt)} "
+            "messages of the assistant: put each between {% generation %} and {% endgeneration %}"
+        )
     segments: list[Segment] = []
-    for index, part in enumerate(text.split(_START)):
+    for index, part in enumerate(parts):
         inside, _, outside = part.partition(_END) if index else ("", "", part)
-        segments.append(Segment(escape.pieces(inside), supervised=True))
+        segments.append(
+            Segment(escape.pieces(inside), supervised=index == 0 or all(learnt) or learnt[index - 1])
+        )
         segments.append(Segment(escape.pieces(outside), supervised=False))
     return [segment for segment in segments if segment.pieces]
 
@@ -201,7 +210,7 @@ class _Escaper:
         ]
 
     def text(self, text: str) -> str:
-        found = _NONCHARACTERS.intersection(text)
+        found = RESERVED.intersection(text)
         if found:
             codes = ", ".join(f"U+{ord(c):04X}" for c in sorted(found))
             raise DataError(

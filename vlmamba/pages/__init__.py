@@ -22,8 +22,12 @@ LARGEST_PNG = 40_000
 
 
 def render(name: str, *, title: str, **values: Any) -> str:
-    """The page that ``templates/NAME.html.jinja`` makes of values."""
-    return str(_templates().get_template(f"{name}.html.jinja").render(title=title, **values))
+    """The page that ``templates/NAME.html.jinja`` makes of values.
+
+    Halves of surrogates, as names of files may hold, are written as references.
+    """
+    page = str(_templates().get_template(f"{name}.html.jinja").render(title=title, **values))
+    return page.encode("utf-8", "xmlcharrefreplace").decode("utf-8")
 
 
 def write_page(path: str | Path, name: str, *, title: str, **values: Any) -> Path:

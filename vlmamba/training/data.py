@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.files import cache_folder
 from vlmamba.data import (
     PACK_MULTIPLE,
     BadSamples,
@@ -22,7 +23,6 @@ from vlmamba.data import (
     build_loader,
     build_source,
     build_stream,
-    cache_folder,
     compute_lengths,
     missing_folders,
 )
