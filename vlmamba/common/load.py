@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmamba.common.digests import check_folder
+from vlmamba.common.digests import DIGESTS, check_folder
 from vlmamba.common.files import read_json
 from vlmamba.common.processes import pick_device, read_launch
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError, VLMambaError
@@ -143,6 +143,8 @@ def find_model(path: str | Path) -> Path:
                     "an export of a vision-language model."
                 )
             return candidate
+        if (candidate / DIGESTS).is_file():
+            raise CheckpointError(f"{candidate / 'config.json'} is missing. Copy or export the model again.")
     if is_checkpoint(given):
         return given
     if (given / "checkpoints").is_dir():
