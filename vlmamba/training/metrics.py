@@ -189,7 +189,7 @@ class _TrackerLogger(MetricLogger):
     module = ""
 
     def __init__(self, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
-        self._tracker: Any = require(self.module, extra="train", feature=f"the logger {self.module!r}")
+        self._tracker: Any = require(self.module, extra=self.module, feature=f"the logger {self.module!r}")
         options = self.identify(run_dir)
         self._tracker.init(project="vlmamba", config=dict(config), resume="allow", **options)
 
