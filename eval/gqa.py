@@ -13,6 +13,7 @@ Nothing but the questions file is needed: scene graphs, choices and the official
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def gqa_playground(
     annotations: str = "playground/data/mini/benchmarks/gqa", images: str | None = None
 ) -> Task:
     """The playground's scenes; ``python playground/make_data.py`` writes them."""
-    return _task("gqa_playground", "testdev_balanced", annotations, images)
+    task = _task("gqa_playground", "testdev_balanced", annotations, images)
+    return dataclasses.replace(task, description="GQA's layout: questions on the playground's scenes, exact match.")
 
 
 def _task(

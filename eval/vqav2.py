@@ -78,11 +78,17 @@ def vqav2_playground(
     annotations: str = "playground/data/mini/benchmarks/vqav2", images: str | None = None
 ) -> Task:
     """The playground's scenes; ``python playground/make_data.py`` writes them."""
-    return _task("vqav2_playground", VAL, annotations, images)
+    return _task("vqav2_playground", VAL, annotations, images, pictures="the playground's scenes")
 
 
 def _task(
-    name: str, files: dict[str, str], annotations: str | None, images: str | None, style: str = "official"
+    name: str,
+    files: dict[str, str],
+    annotations: str | None,
+    images: str | None,
+    style: str = "official",
+    *,
+    pictures: str = "COCO pictures",
 ) -> Task:
     benchmark = lay.Benchmark("VQAv2", "playground/data/eval/vqav2", files, SOURCE, "lmms-lab-encoder/VQAv2")
     place = lay.find_data(benchmark, annotations)
@@ -97,7 +103,7 @@ def _task(
         score=_scorer(style)
         if labelled
         else lay.no_labels("VQA accuracy", f"VQAv2 {split} has no public answers: {SERVER}"),
-        description=f"VQAv2 {split}: open questions on COCO pictures, credit by ten annotators.",
+        description=f"VQAv2 {split}: open questions on {pictures}, credit by ten annotators.",
         submission=_submission(Path(benchmark.folder) if isinstance(place, str) else place),
         reader=lay.join_by_id("question_id", "answer"),
         references=REFERENCES.get("val" if "val" in split else "test-dev", ())

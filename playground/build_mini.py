@@ -134,7 +134,7 @@ def main() -> None:
     out: Path = arguments.out
     if "tokenizer" in arguments.parts and not (out / "tokenizer").exists():
         build_tokenizer(out / "tokenizer", arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer", trust_remote_code=False)
     if "siglip" in arguments.parts and not (out / "siglip").exists():
         recipe = EncoderTraining(seed=arguments.seed, steps=arguments.encoder_steps)
         build_encoder(out / "siglip", arguments.work, tokenizer, recipe)

@@ -101,7 +101,8 @@ def reading(path: Path, scenes: int = 300) -> dict[str, dict[str, float]]:
 
     from vlmamba.models.language import MambaLM
 
-    model, tokenizer = MambaLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model = MambaLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     rng = np.random.default_rng(2)
     pool, _ = digit_pools()
     hits: dict[str, dict[str, list[bool]]] = {"notes": {}, "caption": {}, "blind": {}}

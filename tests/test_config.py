@@ -11,7 +11,11 @@ from typing import Any, Literal
 import pytest
 
 from vlmamba.config import (
+    FREE,
+    LATER,
     Config,
+    Free,
+    Later,
     apply_overrides,
     describe,
     diff_configs,
@@ -21,6 +25,7 @@ from vlmamba.config import (
     list_recipes,
     load_recipe,
     load_yaml,
+    marked,
     parse_overrides,
 )
 from vlmamba.errors import ConfigError, MissingFileError
@@ -306,3 +311,25 @@ class TestRecipe:
         (clone / "b.py").write_text("def f(:\n")
         with pytest.raises(ConfigError, match=r"b.py:1: "):
             load_recipe("./b.py:f")
+
+
+class Inner(Config):
+    workers: Free[int] = 4
+    size: int = 1
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    output: Free[str]
+    kind: Later[Literal["a", "b"] | None] = None
+    parts: Free[tuple[Inner, ...]] = ()
+
+
+def test_settings_declare_whether_they_may_change_and_whether_they_came_later() -> None:
+    assert marked(Outer, FREE) == {"inner.workers": 4, "output": None, "parts": []}
+    assert marked(Outer, LATER) == {"kind": None}
+    made = Outer.from_dict({"output": "x", "kind": "b", "parts": [{"workers": 2}]})
+    assert made.parts == (Inner(workers=2),)
+    assert apply_overrides(made, {"parts.0.workers": "3", "kind": "none"}).config.kind is None
+    with pytest.raises(ConfigError, match=r"kind: 'c' is not one of|kind: expected"):
+        apply_overrides(made, {"kind": "c"})

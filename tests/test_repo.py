@@ -27,15 +27,16 @@ MAY_IMPORT = {
     "registry": set(),
     "config": set(),
     "common": set(),
+    "pages": set(),
     "ssm": set(),
     "models": {"ssm"},
     "checkpoints": {"ssm", "models"},
-    "data": set(),
+    "data": {"pages"},
     "training": {"ssm", "models", "data", "checkpoints"},
-    "evaluation": {"ssm", "models", "data", "checkpoints"},
+    "evaluation": {"ssm", "models", "data", "checkpoints", "pages"},
     "integrations": {"ssm", "models", "data", "evaluation"},
-    "ablations": {"ssm", "models", "data", "training", "evaluation"},
-    "interpret": {"ssm", "models", "data", "evaluation"},
+    "ablations": {"ssm", "models", "data", "training", "evaluation", "pages"},
+    "interpret": {"ssm", "models", "data", "evaluation", "pages"},
     "testing": {"ssm", "models", "data", "training"},
     "cli": {
         "ssm",
@@ -47,6 +48,7 @@ MAY_IMPORT = {
         "integrations",
         "interpret",
         "ablations",
+        "pages",
         "testing",  # `vlmamba check language --all` is about its tiny models
     },
 }
@@ -83,6 +85,29 @@ def test_programs_import_only_the_library(path):
     siblings = {p.stem for p in path.parent.glob("*.py")} if path.parent.name == "playground" else set()
     for name in imports(path):
         assert name.split(".")[0] not in {"train", "eval", "scripts", "playground", "tests"} - siblings, name
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+            yield ast.unparse(node.func.value), node.func.attr, given, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", [*PYTHON, *PROGRAMS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_that_is_read_can_run_code(path):
+    loaders = ("auto", "vlmamba", "model_class")
+    for owner, name, given, where in calls(path):
+        if name in ("from_pretrained", "from_config") and owner.lower().startswith(loaders):
+            assert given.get("trust_remote_code") is False, where
+        if (owner, name) == ("torch", "load"):
+            assert given.get("weights_only") is True, where
+        if (owner, name) == ("np", "load"):
+            assert given.get("allow_pickle") is False, where
+        assert owner not in ("pickle", "marshal", "shelve") or not name.startswith("load"), where
+        assert (owner, name) != ("yaml", "load") or path.name == "values.py", where  # with a SafeLoader
+        assert name not in ("unsafe_load", "full_load"), where
+    assert path.name == "old_shards.py" or "pickle.Unpickler" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(ROOT)))

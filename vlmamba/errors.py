@@ -58,12 +58,12 @@ class TrainingError(VLMambaError, RuntimeError):
     """A run cannot go on (non-finite loss, no supervised token, failed save)."""
 
 
-def require(module: str, *, extra: str, feature: str) -> ModuleType:
+def require(module: str, *, extra: str | None, feature: str) -> ModuleType:
     """Import an optional package or say how to install it.
 
     Args:
         module: Dotted name of the module to import.
-        extra: The extra of vlmamba that brings it.
+        extra: The extra of vlmamba that brings it; None where none does.
         feature: What needs it, in words for the user.
 
     Returns:
@@ -79,5 +79,9 @@ def require(module: str, *, extra: str, feature: str) -> ModuleType:
             raise
         raise MissingDependencyError(
             f"{feature} needs the package {module.split('.')[0]!r}, which is not installed. "
-            f"Install it with: pip install 'vlmamba[{extra}]'"
+            + (
+                f"Install it with: pip install 'vlmamba[{extra}]'"
+                if extra
+                else "Install it as its own pages say."
+            )
         ) from error

@@ -153,7 +153,7 @@ def test_fingerprints_of_files_and_folders(tmp_path):
 def test_ids_outlive_new_settings(monkeypatch):
     """A setting that is new and at rest changes no id: otherwise every finished run would be repeated.
 
-    Does this fail after a setting was added? Name it in `vlmamba.ablations.graph.ADDED`.
+    Does this fail after a setting was added? Declare it `vlmamba.config.Later`.
     """
     monkeypatch.chdir(Path(__file__).parents[2])
     config = load_recipe("train/playground.py:finetune", ["--connector=mlp"]).config

@@ -20,7 +20,8 @@ from PIL import Image, ImageFile
 
 from tests.common.zoo import PIXELS, SMOOTH, encoded, orientation, zoo
 from vlmamba.common import images
-from vlmamba.common.images import StoredImage, image_size, open_image
+from vlmamba.common.images import image_size, open_image
+from vlmamba.common.vocabulary import StoredImage
 from vlmamba.errors import DataError, ImageError
 from vlmamba.models import VLMambaImageProcessor
 from vlmamba.testing import tiny_model, tiny_processor

@@ -114,13 +114,15 @@ def test_shards_are_parts(values: Values, ranks: Any, tmp_path: Path) -> None:
     assert [p.name for p in complete_checkpoints(run_dir)] == ["step-000002", "step-000004"]
     newest = latest_checkpoint(run_dir)
     assert newest is not None
-    parts = [p.stat().st_size for p in (newest / "shards").glob("*.distcp")]
+    parts = [p.stat().st_size for p in (newest / "shards").glob("*.safetensors")]
     assert len(parts) == 2 and max(parts) < 0.7 * sum(parts)
     export = export_run(run_dir, tmp_path / "again")
     first, second = (load_file(p / "model.safetensors") for p in (run_dir / "export", export))
     assert_close(first, second, "export")
-    next(iter((newest / "shards").glob("*.distcp"))).unlink()
-    with pytest.raises(CheckpointError, match=r"shards is not a readable checkpoint \(.*remove this folder"):
+    next(iter((newest / "shards").glob("*.safetensors"))).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"of-00002.safetensors is missing. Continue from an older checkpoint"
+    ):
         export_run(run_dir, tmp_path / "damaged")
 
 

@@ -9,17 +9,32 @@ import time
 import numpy as np
 import pytest
 
-from vlmamba.evaluation import scorers
-from vlmamba.evaluation.bootstrap import headline_interval
+from vlmamba.evaluation import Sample, Task, scorers
+from vlmamba.evaluation.bootstrap import difference_interval
 from vlmamba.evaluation.scorers import Headline, Score
 from vlmamba.evaluation.scorers.mme import SUBTASKS
+from vlmamba.evaluation.scoring import score_records
 
 SPLITS = ["random", "popular", "adversarial"]
 
 
 def from_sums(score):
     """The headline as the sums over all questions give it."""
-    return score.headline.value(np.array(score.headline.rows, dtype=float).sum(axis=0).tolist())
+    return score.headline.value()
+
+
+def headline_interval(first, other, groups=(), **options):
+    sums = [score.headline or Headline.share(score.correct) for score in (first, other)]
+    assert sums[0].formula == sums[1].formula
+    return difference_interval(sums[0].rows, sums[1].rows, sums[0].formula, groups, **options)
+
+
+def formula(score, path="overall.accuracy"):
+    """What a result says of its headline's formula."""
+    task = Task(
+        "x", [Sample(at, (), "") for at in range(3)], score=lambda samples, answers: score, headline=path
+    )
+    return score_records(task, task.samples, {})["headline"]["formula"]
 
 
 def pope(answers, style="official"):
@@ -99,11 +114,9 @@ def test_interval_equals_all_resamples():
         for chosen in itertools.product(range(4), repeat=4)
     ]
     exact = np.percentile(differences, [2.5, 97.5])
-    stated = [s._replace(metrics={"headline": {"value": points(s)}}) for s in one]
-    interval = headline_interval(*stated, one[0].groups, resamples=20_000)
+    interval = headline_interval(*one, one[0].groups, resamples=20_000)
     assert interval == pytest.approx(exact, abs=1e-9)
     assert one[0].metrics["headline"]["value"] is None  # nine of the ten subtasks are absent
-    assert headline_interval(*one, one[0].groups) is None
 
 
 def score_one_subtask(answers):
@@ -114,11 +127,13 @@ def points(score):
     return score.metrics["official"]["Perception"]["total"]
 
 
-def test_no_interval_for_an_area_or_nothing():
-    area = scorers.hateful_memes([0.1, 0.7, 0.6], [0, 1, 0])
-    assert headline_interval(area, area) is None
-    nothing = Score({"headline": {"value": None}}, (), 0)
-    assert headline_interval(nothing, nothing) is None
+def test_no_formula_for_an_area_another_figure_or_nothing():
+    assert formula(scorers.hateful_memes([0.1, 0.7, 0.6], [0, 1, 0])) is None
+    headline = {"name": "x", "value": None, "unit": "%"}
+    assert formula(Score({"headline": headline}, (), 0)) is None
+    metrics = {"overall": {"accuracy": 2 / 3}, "other": {"share": 0.5}}
+    assert formula(Score(metrics, [1, 1, 0], 0)) == "share"
+    assert formula(Score(metrics, [1, 1, 0], 0), "other.share") is None
 
 
 def test_mean_credit_is_the_default():
@@ -126,7 +141,7 @@ def test_mean_credit_is_the_default():
     b = Score({}, [0.3, 0.6, 1.0, 1.0], 0)
     low, high = headline_interval(a, b)
     assert 0.0 <= low < 15.0 < high <= 30.0
-    assert Headline.share([1, 0], [False, False]).value([0.0, 0.0]) is None
+    assert Headline.share([1, 0], [False, False]).value() is None
 
 
 def test_ten_thousand_questions_take_seconds():

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from vlmamba.cli import main
+from vlmamba.common.files import replace_json
 from vlmamba.errors import ConfigError, DataError, MissingFileError
-from vlmamba.evaluation.bootstrap import paired_interval
-from vlmamba.evaluation.cli import write_json
+from vlmamba.evaluation.bootstrap import difference_interval
+from vlmamba.evaluation.cli import reload_task
 from vlmamba.evaluation.compare import compare_runs, format_comparison
 from vlmamba.evaluation.compare_page import write_comparison
+from vlmamba.evaluation.gallery import pick_answers
 from vlmamba.evaluation.records import RecordFile
-from vlmamba.evaluation.scoring import score_records
-from vlmamba.evaluation.task import load_task
+from vlmamba.evaluation.scoring import read_credits, score_records
+from vlmamba.evaluation.task import Sample, StoredImage, Task, first_questions, load_task
 
 TASK = """
 from vlmamba.evaluation import Sample, Score, Task
@@ -60,14 +62,19 @@ def write_run(folder, tasks, answers, *, name="digits", **settings):
     path = folder / "eval/results.json"
     results = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
     results["tasks"][task.name] = {
-        **score_records(task, task.samples, records),
+        **score_records(
+            task,
+            first_questions(task.samples, settings.get("limit")),
+            records,
+            folder / "eval" / f"{task.name}.jsonl",
+        ),
         "spec": f"digits:{'task' if name == 'digits' else name}",
         "folder": str(tasks_folder),
         "options": {"annotations": heldout},
         "predictions": f"{task.name}.jsonl",
         "settings": {"data": task.fingerprint, "model": folder.name, "dtype": "float32", **settings},
     }
-    write_json(path, results)
+    replace_json(path, results)
     return folder
 
 
@@ -154,6 +161,12 @@ def test_answers_that_only_a_server_can_judge_are_counted(tmp_path, tasks):
     assert "only the benchmark's server knows" in format_comparison(compare_runs(runs))
 
 
+def paired_interval(differences, groups=(), **options):
+    zero = [(0.0, 1.0)] * len(differences)
+    low, high = difference_interval(zero, [(float(d), 1.0) for d in differences], groups=groups, **options)
+    return low / 100, high / 100
+
+
 def plain_bootstrap(differences, groups, resamples, seed):
     """Groups drawn one by one."""
     rng = np.random.default_rng(seed)
@@ -187,3 +200,63 @@ def test_intervals_cover_the_truth():
         low, high = paired_interval(differences.tolist(), resamples=1000)
         covered += low <= 0.1 <= high
     assert covered >= 180
+
+
+def test_nothing_is_scored_twice(tmp_path, tasks):
+    first, other = write_run(tmp_path / "a", tasks, WRONG_EVEN), write_run(tmp_path / "b", tasks, RIGHT)
+    file = tasks[0] / "digits.py"
+    file.write_text(
+        file.read_text().replace(
+            'Task("digits", samples)', 'Task("digits", samples, score=lambda s, a: 1 / 0)'
+        )
+    )
+    (task,) = compare_runs([first, other]).tasks
+    assert [row.difference for row in task.rows] == [0.5, 1.0, 0.0]
+    assert (
+        len(
+            pick_answers(
+                reload_task(json.loads((first / "eval/results.json").read_text())["tasks"]["digits"]),
+                first / "eval/digits.jsonl",
+            )
+        )
+        == 12
+    )
+    credits_ = first / "eval/digits.credits.jsonl"
+    row = json.loads(credits_.read_text().splitlines()[3])
+    assert row == {
+        "question_id": 3,
+        "prompt": "What is digit 3? <&>",
+        "category": "odd",
+        "group": 1,
+        "credit": True,
+        "adds": [1.0, 1.0],
+    }
+    credits_.write_text(credits_.read_text()[:-20])
+    with pytest.raises(DataError, match=r"digits.credits.jsonl:40 is no question's credit"):
+        compare_runs([first, other])
+    credits_.unlink()
+    with pytest.raises(MissingFileError, match=r"evaluate once more into .*asks nothing again"):
+        compare_runs([first, other])
+
+
+def test_questions_about_the_same_pictures_are_drawn_together(tmp_path):
+    (a, b), named = (tmp_path / "a.png", tmp_path / "b.png"), StoredImage("x", lambda: b"")
+    samples = [
+        Sample(at, images, "?", "yes", group=group)
+        for at, (images, group) in enumerate(
+            [
+                ((a,), None),
+                ((b,), None),
+                ((a,), None),
+                ((), None),
+                ((), None),
+                ((a,), "g"),
+                ((b, a), "g"),
+                ((named,), None),
+                ((named,), None),
+            ]
+        )
+    ]
+    task = Task("t", samples)
+    score_records(task, samples, {}, tmp_path / "t.jsonl")
+    assert [c.group for c in read_credits(tmp_path / "t.jsonl").values()] == [0, 1, 0, 2, 3, 4, 4, 5, 5]

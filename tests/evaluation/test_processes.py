@@ -103,7 +103,7 @@ def test_two_evaluations_of_one_file_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     with (
         lock_answers(path),
-        pytest.raises(DataError, match=r"another evaluation is writing .*a\.jsonl"),
+        pytest.raises(DataError, match=r"the answer file .*a\.jsonl is in use by process"),
         lock_answers(path),
     ):
         pass

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from vlmamba.errors import DataError, MissingFileError
-from vlmamba.evaluation.curves import envelope, log_ticks, loss_chart, nice_ticks, smoothed, thinned
-from vlmamba.evaluation.gallery import Shown, Talk, Turn, common_suffix, data_uri, pick_answers
+from vlmamba.evaluation.gallery import Shown, Talk, Turn, common_suffix, pick_answers
 from vlmamba.evaluation.records import RecordFile
 from vlmamba.evaluation.report import write_report
 from vlmamba.evaluation.scorers import rate
+from vlmamba.evaluation.scoring import score_records
 from vlmamba.evaluation.tables import (
     duration,
     format_results,
@@ -23,6 +23,7 @@ from vlmamba.evaluation.tables import (
     settings_line,
     text_table,
 )
+from vlmamba.pages import embedded
 
 EVIL = '</style><script>alert(1)</script>"\' onerror="x'
 RESULTS = {
@@ -181,6 +182,8 @@ def test_the_gallery_mixes_right_and_wrong_of_every_kind(task, tmp_path):
     ]
     with RecordFile(tmp_path / "p.jsonl") as file:
         file.append(rows)
+    records = {(str(row["question_id"]), row["prompt"]): row for row in rows}
+    score_records(task, samples, records, tmp_path / "p.jsonl")
     chosen = pick_answers(task, tmp_path / "p.jsonl", per_category=4, wrong=2)
     by_kind = {kind: [s.right for s in chosen if s.category == kind] for kind in ("colour", "count")}
     assert by_kind == {"colour": [False] * 4, "count": [False, True, True, True]}
@@ -192,39 +195,23 @@ def test_the_gallery_mixes_right_and_wrong_of_every_kind(task, tmp_path):
 
 
 def test_pictures_are_embedded_small(tmp_path):
-    assert data_uri(Image.new("RGB", (8, 8))).startswith("data:image/png;base64,")
+    assert embedded(Image.new("RGB", (8, 8))).startswith("data:image/png;base64,")
     noise = Image.effect_noise((900, 600), 90).convert("RGB")
     noise.save(tmp_path / "n.png")
-    uri = data_uri(tmp_path / "n.png")
+    uri = embedded(tmp_path / "n.png")
     assert uri.startswith("data:image/jpeg;base64,")
     assert len(uri) < 120_000
 
 
 def test_open_pictures_are_not_shrunk_in_place():
     picture = Image.new("RGB", (900, 600))
-    data_uri(picture)
+    embedded(picture)
     assert picture.size == (900, 600)
 
 
 def test_a_common_last_line():
     assert common_suffix(["a\nBe brief.", "b", "c\nBe brief."]) == "Be brief."
     assert common_suffix(["a\nBe brief.", "b\nBe long."]) == common_suffix(["a"]) == ""
-
-
-def test_charts():
-    steps, losses = list(range(1, 2001)), [4 * 0.998**i + 0.01 for i in range(2000)]
-    svg = loss_chart(steps, losses, label='a "b"')
-    assert svg.count("<polyline") == 2
-    assert "a &quot;b&quot;" in svg
-    assert len(svg) < 20_000
-    assert "<svg" in loss_chart([3], [0.0], label="one")
-    assert nice_ticks(0, 3.3, 5) == [0, 1, 2, 3, 4]
-    assert nice_ticks(1, 190, 5)[-1] >= 190
-    assert log_ticks(0.07, 3.0) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5])
-    points = [(float(i), float(i == 777)) for i in range(2000)]
-    assert max(y for _, y in envelope(points)) == 1.0
-    assert thinned(points)[-1] == points[-1]
-    assert smoothed([(0.0, 2.0), (1.0, 2.0)]) == [(0.0, 2.0), (1.0, 2.0)]
 
 
 def test_text_for_terminals(run):

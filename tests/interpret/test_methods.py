@@ -148,7 +148,9 @@ def test_a_transformer_has_no_hidden_attention():
 
 def test_a_text_only_model_is_refused(tmp_path):
     MambaLM(tiny_text_config()).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds a model of type .mamba., which sees no image"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json is of a model of type .mamba., which sees no image"
+    ):
         load_model(tmp_path)
 
 

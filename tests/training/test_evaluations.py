@@ -12,6 +12,7 @@ import torch
 
 from vlmamba.common.load import load_model
 from vlmamba.errors import ConfigError, MissingFileError, TrainingError
+from vlmamba.training import loop
 from vlmamba.training.checkpoint import complete_checkpoints, read_trained, read_whole
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.evaluations import find_function
@@ -61,6 +62,27 @@ def test_training_is_the_same_with_evaluations(make_config: MakeConfig, program:
         (5, 2.5, 16),
     ]
     assert len(read_log(Path(watched.output) / "log.jsonl")) == 5  # whose lines stay those of training
+
+
+def test_modes_are_those_of_training_again(
+    make_config: MakeConfig, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen language model through which gradients flow recomputes its layers: after an evaluation as before."""
+    modes: list[dict[str, bool]] = []
+    real = loop.optimizer_step
+
+    def recorded(training: Any, step: Any) -> tuple[float, float]:
+        modes.append({name: module.training for name, module in training.model.named_modules()})
+        return real(training, step)
+
+    monkeypatch.setattr(loop, "optimizer_step", recorded)
+    for trained in (["multi_modal_projector"], ["multi_modal_projector", "language_model", "vision_tower"]):
+        modes.clear()
+        changes = {"train": trained, "gradient_checkpointing": True}
+        run(make_config(with_probe(program, **changes), output=f"run-{len(trained)}"))
+        assert len(modes) == 5 and all(each == modes[0] for each in modes)
+        assert any(on for name, on in modes[0].items() if name.startswith("language_model."))
+        assert modes[0]["vision_tower"] is (len(trained) == 3)
 
 
 def test_each_evaluation_is_logged_once_after_a_resume(make_config: MakeConfig, program: Path) -> None:

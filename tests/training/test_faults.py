@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,26 @@ def test_a_killed_data_worker(make_config: MakeConfig, monkeypatch: pytest.Monke
         match=r"(data worker process|that loads data) ended.*lower (--)?data.num_workers.*ontinue with --resume",
     ):
         run(make_config(changes))
+
+
+def test_a_dead_worker_is_reported_once() -> None:
+    with pytest.raises(TrainingError) as caught, loop.worker_deaths(), loop.worker_deaths():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert str(caught.value).count("a data worker process ended") == 1
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_one_switch_for_all_bars(make_config: MakeConfig, tmp_path: Path, switch: str) -> None:
+    changes = {"batch.micro_batch_size": None, "batch.tokens_per_micro_batch": 256}
+    (tmp_path / "config.yaml").write_text(dump_yaml(make_config(changes)))
+    command = [sys.executable, "-m", "vlmamba", "train", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "VLMAMBA_PROGRESS": switch}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bars = [name for name in ("measuring rows:", "train:", "Loading weights:") if name in done.stderr]
+    assert bars == ([] if switch == "0" else ["measuring rows:", "train:", "Loading weights:"])
+    assert ("%|" in done.stderr) is (switch == "1")
 
 
 def test_usr1_ends_with_a_code_for_the_requeue_script(

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics as median_of
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Cell, Graph
-from vlmamba.ablations.speed import read_speed
 from vlmamba.ablations.statistics import Estimate, difference, estimate, holm
 from vlmamba.ablations.table import Row, Table
-from vlmamba.errors import DataError, MissingFileError
+from vlmamba.common.files import read_json
+from vlmamba.errors import DataError
 from vlmamba.evaluation.cli import RESULTS_FILE
-from vlmamba.evaluation.records import read_records, record_key
-from vlmamba.evaluation.scoring import score_answers
+from vlmamba.evaluation.scoring import read_credits
 from vlmamba.evaluation.tables import RunLog, read_run
-from vlmamba.evaluation.task import Sample, Task, first_questions, load_task
+from vlmamba.evaluation.task import load_task
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def with_kinds(table: Table) -> Table:
     for column in table.columns:
         name, _, kind = column.partition("/")
         kinds = (
-            dict.fromkeys(s.category for s in _task(name, table.folder).samples if s.category)
+            dict.fromkeys(s.category for s in load_task(name, folder=table.folder).samples if s.category)
             if kind == "*"
             else ()
         )
@@ -124,12 +121,12 @@ def collect(table: Table, graph: Graph, store: Store) -> list[RowResult]:
             if not results_file.is_file():
                 result.open += 1
                 continue
-            found = json.loads(results_file.read_text(encoding="utf-8"))
+            found = read_json(results_file, error=DataError)
             result.parameters = found["model"]["parameters"]
             result.image_tokens = found["model"]["image_tokens"]
             result.models[seed] = found["model"]["fingerprint"]
             for column in table.columns:
-                measured[row.name, seed, column] = _measure(column, found, results_file.parent, table.folder)
+                measured[row.name, seed, column] = _measure(column, found, results_file.parent)
         _training(result, graph, store)
         results.append(result)
     _figures(table, results, measured)
@@ -158,8 +155,8 @@ def _training(result: RowResult, graph: Graph, store: Store) -> None:
             memory.append(max(float(line.get("memory_gib") or 0.0) for line in run.lines))
             if node_id == cell.train[-1]:
                 steps.append(seconds_per_step(run))
-        if cell.speed is not None:
-            result.speed = read_speed(store.result(cell.speed)) or {}
+        if cell.speed is not None and store.result(cell.speed).is_file():
+            result.speed = read_json(store.result(cell.speed), error=DataError)
     result.step_seconds = min(steps, default=None)
     result.memory_gib = max(memory, default=None)
 
@@ -174,52 +171,33 @@ def seconds_per_step(run: RunLog) -> float:
     return median_of.median(windows) if windows else run.seconds / run.steps
 
 
-def _measure(column: str, results: Mapping[str, Any], folder: Path, tasks: str) -> Measured:
+def _measure(column: str, results: Mapping[str, Any], folder: Path) -> Measured:
     """One column of an evaluation.
 
     Raises:
-        DataError: The task has no such kind of question.
+        DataError: The task has no such kind of question, or only a server can score it.
     """
     name, _, kind = column.partition("/")
-    task = _task(name, tasks)
-    result = results["tasks"][task.name]
-    samples = first_questions(task.samples, result["settings"].get("limit"))
-    records = {record_key(record): record for record in read_records(folder / result["predictions"])}
-    score = score_answers(task, samples, records)
-    credits_ = [float(c) for c in score.correct]
-    groups = [_group(sample) for sample in samples]
-    headline = result["headline"]
-    if not kind:
-        if headline["value"] is None:
-            raise DataError(f"{column}: only the benchmark's server can score it, so it cannot be a column")
-        return Measured(float(headline["value"]), headline["unit"], credits_, groups)
-    chosen = [at for at, sample in enumerate(samples) if sample.category == kind]
-    if not chosen or not credits_:
-        known = sorted({sample.category for sample in samples if sample.category})
+    result = next((r for r in results["tasks"].values() if r["spec"] == name), None)
+    if result is None:
+        raise DataError(f"column {column!r}: {folder / RESULTS_FILE} has no result of {name!r}")
+    credits_ = list(read_credits(folder / result["predictions"]).values())
+    chosen = [c for c in credits_ if not kind or c.category == kind]
+    if not chosen:
+        known = sorted({c.category for c in credits_ if c.category})
         raise DataError(
             f"column {column!r}: {name} has no questions of kind {kind!r}; it has {', '.join(known)}"
         )
-    part = [credits_[at] for at in chosen]
-    return Measured(100 * sum(part) / len(part), "%", part, [groups[at] for at in chosen])
-
-
-@lru_cache(maxsize=32)
-def _task(name: str, folder: str) -> Task:
-    try:
-        return load_task(name, folder=folder)
-    except MissingFileError as error:
-        raise MissingFileError(f"the questions of {name} are needed for intervals: {error}") from error
-
-
-def _group(sample: Sample) -> Hashable:
-    """Questions that stand or fall together: scored together, or about the same pictures."""
-    if sample.group is not None:
-        return ("group", sample.group)
-    names = tuple(
-        str(getattr(image, "name", "")) if not isinstance(image, Path) else str(image)
-        for image in sample.images
+    value, unit, earned = result["headline"]["value"], result["headline"]["unit"], [c.credit for c in chosen]
+    if (value is None and not kind) or None in earned:
+        raise DataError(f"{column}: only the benchmark's server can score it, so it cannot be a column")
+    part = [float(credit or 0) for credit in earned]
+    groups = [c.group for c in chosen]
+    return (
+        Measured(100 * sum(part) / len(part), "%", part, groups)
+        if kind
+        else Measured(value, unit, part, groups)
     )
-    return names if any(names) else ("question", *sample.key)
 
 
 def _figures(

@@ -21,18 +21,14 @@ from typing import Any, Literal
 import yaml
 
 from vlmamba.ablations.table import Row, Table
-from vlmamba.config import dump_yaml, flatten, load_recipe, recipe_functions
+from vlmamba.config import FREE, LATER, dump_yaml, flatten, load_recipe, marked, recipe_functions
 from vlmamba.errors import ConfigError
-from vlmamba.registry import close_matches
-from vlmamba.training.checkpoint import FREE_KEYS
+from vlmamba.registry import close_matches, users_words
 from vlmamba.training.config import TrainConfig
 
 STAGES = ("pretrain", "finetune")
 """Functions of a recipe, in the order in which they run; a recipe may lack one."""
 Kind = Literal["train", "eval", "speed"]
-ADDED: dict[str, Any] = {"batch.tokens_per_step": None, "model.language.attention": None}
-"""Settings that came after the first tables were run, with the value at which nothing is as it was not before: there
-they are no part of an id, so that finished runs are still found. A new setting of `TrainConfig` belongs here."""
 SAMPLED_BYTES = 1 << 16
 
 
@@ -308,12 +304,10 @@ def _switch_words(switches: Mapping[str, Any]) -> Iterator[str]:
 def _result_keys(config: TrainConfig) -> dict[str, Any]:
     """The config without what changes no result, and without paths, which are fingerprinted by what they hold."""
     values = config.to_dict()
-    for key in FREE_KEYS:
-        _remove(values, key.split("."))
-    for key in ("init_from", "model.connector.init"):
+    for key in (*marked(TrainConfig, FREE), "init_from", "model.connector.init"):
         _remove(values, key.split("."))
     flat = flatten(config)
-    for key, neutral in ADDED.items():
+    for key, neutral in marked(TrainConfig, LATER).items():  # finished runs from before are still found
         if flat[key] == neutral:
             _remove(values, key.split("."))
     # How a step is cut changes rounding, so it stays part of what a run is.
@@ -378,6 +372,7 @@ def _task_fingerprint(task: str, folder: str) -> str:
     from vlmamba.evaluation.task import load_task
 
     try:
-        return load_task(task, folder=folder).fingerprint
+        with users_words():
+            return load_task(task, folder=folder).fingerprint
     except (MissingFileError, MissingDependencyError, DataError):
         return f"absent: {task}"

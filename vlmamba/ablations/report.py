@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import json
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -13,11 +11,13 @@ from typing import Any
 from vlmamba.ablations.collect import RowResult
 from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Graph
-from vlmamba.ablations.plots import draw_all
+from vlmamba.ablations.plots import Plot, draw_all
 from vlmamba.ablations.table import Table
 from vlmamba.ablations.tables import MARK, figure_text, state_text
+from vlmamba.common.files import replace_json, replace_text
 from vlmamba.evaluation.tables import duration
-from vlmamba.evaluation.templating import template, write_page
+from vlmamba.pages import write_page
+from vlmamba.pages.charts import write_chart
 
 COSTS = (
     "Seconds a step are those of stage 2 (median of the log, of the seed disturbed least); speed and memory of "
@@ -51,7 +51,9 @@ def write_report(
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    plots = draw_all(table, results, target / name)
+    plots = draw_all(table, results)
+    for plot in plots:
+        write_chart(target / name / f"{plot.name}.svg", plot.svg)
     sections = {
         "ours": ours(table, results),
         "costs": costs(results),
@@ -61,19 +63,21 @@ def write_report(
     }
     about = facts(table, results, graph, store, command)
     problems = [(r.row.name, label, log) for r in results for label, log in r.problems]
-    write_page(target / f"{name}.md", _markdown(table, about, sections, plots, problems, target))
-    write_page(target / f"{name}.json", json.dumps(_figures(table, results, about), indent=1) + "\n")
-    html = template("ablation.html.jinja").render(
+    replace_text(target / f"{name}.md", _markdown(table, about, sections, plots, problems, name))
+    replace_json(target / f"{name}.json", _figures(table, results, about), indent=1)
+    return write_page(
+        target / f"{name}.html",
+        "ablation",
+        title=table.title,
         table=table,
         about=about,
         mark=MARK,
         costs_note=COSTS,
         problems=[(row, label, log, _tail(log)) for row, label, log in problems],
-        plots=[(caption, _embedded(path)) for caption, path in plots],
+        plots=[{"label": "", "note": plot.caption, "svg": plot.svg} for plot in plots],
         cells_=sections.pop("cells"),
         **sections,
     )
-    return write_page(target / f"{name}.html", html)
 
 
 def facts(
@@ -213,9 +217,9 @@ def _markdown(
     table: Table,
     about: Sequence[tuple[str, str]],
     sections: dict[str, Any],
-    plots: Sequence[tuple[str, Path]],
+    plots: Sequence[Plot],
     problems: Sequence[tuple[str, str, str]],
-    target: Path,
+    name: str,
 ) -> str:
     lines = [
         f"# {table.title}",
@@ -241,8 +245,8 @@ def _markdown(
     if sections["order"]:
         lines += ["## Order of the rows", "", *(f"- {line}" for line in sections["order"]), ""]
     lines += ["## Plots", ""]
-    for caption, path in plots:
-        lines += [f"![{caption}]({path.relative_to(target).as_posix()})", "", caption, ""]
+    for plot in plots:
+        lines += [f"![{plot.caption}]({name}/{plot.name}.svg)", "", plot.caption, ""]
     lines += ["## How it was run", "", *_pipes([["", ""], *([what, text] for what, text in about)]), ""]
     lines += ["## Each cell", ""]
     for cell in sections["cells"]:
@@ -266,11 +270,6 @@ def _pipes(rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-
-
-def _embedded(picture: Path) -> str:
-    """A PNG file as a ``data:`` address."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
 
 
 def _number(value: Any, form: str) -> str:

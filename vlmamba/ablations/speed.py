@@ -5,7 +5,6 @@ Shapes: one row, T visual tokens and a short question.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -73,21 +72,6 @@ def measure_speed(
         if model.device.type == "cpu"
         else torch.cuda.get_device_name(model.device),
     }
-
-
-def write_speed(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Write the measurement as a whole."""
-    from vlmamba.evaluation.cli import write_json
-
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, dict(values))
-
-
-def read_speed(path: str | Path) -> dict[str, Any] | None:
-    """What `write_speed` wrote; None where nothing was."""
-    file = Path(path)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _decode_seconds(model: Any, inputs: Mapping[str, torch.Tensor], rounds: int) -> float:

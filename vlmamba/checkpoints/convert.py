@@ -1,5 +1,4 @@
-"""Conversion of checkpoints between layouts; the layout of the source is told by its content, never by its
-name.
+"""Conversion of checkpoints between layouts; the layout of the source is told by its content, never by its name.
 
 What can be read, and what `to` writes from it:
 
@@ -21,10 +20,18 @@ from typing import Any
 
 import torch
 
-from vlmamba.checkpoints.keymap import part_of
-from vlmamba.checkpoints.llava import PROJECTOR, connector_from_llava, connector_to_llava
-from vlmamba.checkpoints.prismatic import CHECKPOINT, is_prismatic, load_prismatic, model_to_prismatic
-from vlmamba.checkpoints.state_spaces import STATE_SPACES
+from vlmamba.checkpoints.layouts import (
+    CONNECTOR,
+    LANGUAGE,
+    PROJECTOR,
+    STATE_SPACES,
+    connector_from_llava,
+    connector_to_llava,
+    model_from_prismatic,
+    model_to_prismatic,
+    part_of,
+)
+from vlmamba.common.digests import check_folder
 from vlmamba.common.files import replace_json, replaced_directory
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
@@ -37,8 +44,9 @@ from vlmamba.models.language.state_spaces import (
 )
 from vlmamba.models.language.weights import load_state_dict_dir, load_weights_only, save_tensors
 from vlmamba.registry import close_matches
-from vlmamba.ssm.mixer import keeps_fp32
 
+CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
+"""Of a Cobra run."""
 TARGETS = ("transformers", "state-spaces", "llava", "prismatic")
 LANGUAGE_DIRECTORY = "language_model"
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
@@ -93,22 +101,13 @@ class Parts:
     directory: Path | None = None
 
 
-def convert(
-    source: str | Path,
-    target: str | Path,
-    to: str = "transformers",
-    *,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> Conversion:
+def convert(source: str | Path, target: str | Path, to: str = "transformers") -> Conversion:
     """Convert a checkpoint.
 
     Args:
         source: Directory or file.
         target: Directory to write; it appears only when everything in it is complete.
         to: "transformers", "state-spaces", "llava" or "prismatic"; see the module's description.
-        dtype: Convert the weights to it.
-        overwrite: Replace an existing target.
 
     Returns:
         What was found and written.
@@ -124,13 +123,8 @@ def convert(
             f"unknown layout {to!r} to convert to.{close_matches(to, list(TARGETS))} "
             f"Known: {', '.join(TARGETS)}."
         )
-    target = Path(target) if overwrite else new_directory(target)
+    target = new_directory(target)
     parts = read_parts(source)
-    if dtype is not None:
-        parts.connector = _cast(parts.connector, dtype)
-        parts.language = _cast(parts.language, dtype)
-        if parts.config is not None:
-            parts.config.dtype = dtype
     with replaced_directory(target) as directory:
         _write(parts, directory, to, str(source))
     files = sorted(str(file.relative_to(target)) for file in target.rglob("*") if file.is_file())
@@ -144,7 +138,7 @@ def new_directory(target: str | Path) -> Path:
         CheckpointError: Something is.
     """
     if Path(target).exists():
-        raise CheckpointError(f"{target}: exists already; choose another target, or pass overwrite")
+        raise CheckpointError(f"{target}: exists already; choose another target, or remove it")
     return Path(target)
 
 
@@ -155,20 +149,23 @@ def read_parts(source: str | Path) -> Parts:
         MissingFileError: The source does not exist or is incomplete.
         CheckpointError: Its layout is not known.
     """
+    from transformers import MambaConfig
+
     source = Path(source)
     if source.is_file():
         return _read_file(source)
     if not source.is_dir():
         raise MissingFileError(f"{source}: no such file or directory")
     if (source / CHECKPOINT).is_file():
-        return _prismatic_parts(source / CHECKPOINT)
+        return _read_file(source / CHECKPOINT)
     raw = read_config_dict(source) if (source / "config.json").is_file() else {}
     if is_original_config(raw):
         config = config_from_original(raw, str(source / "config.json"))
         state = STATE_SPACES.to_ours(load_state_dict_dir(source), where=str(source))
         return Parts("state-spaces", language=state, config=config, directory=source)
     if raw.get("model_type") == "mamba":
-        return _transformers_parts(source, raw)
+        state = {transformers_name(name): tensor for name, tensor in load_state_dict_dir(source).items()}
+        return Parts("transformers", language=state, config=MambaConfig.from_dict(raw), directory=source)
     if raw.get("model_type") == "vlmamba":
         return _vlmamba_parts(source, raw)
     if (source / "mm_projector.bin").is_file():
@@ -218,8 +215,12 @@ def mamba_config_of(state: Mapping[str, torch.Tensor], where: str = "checkpoint"
 
 def _read_file(file: Path) -> Parts:
     content = load_weights_only(file)
-    if is_prismatic(content):
-        return _prismatic_parts(file)
+    model = content.get("model") if isinstance(content, Mapping) else None
+    if isinstance(model, Mapping) and "projector" in model:
+        state = model_from_prismatic(model, where=str(file))
+        language = part_of(state, LANGUAGE)
+        config = mamba_config_of(language, str(file)) if language else None
+        return Parts("prismatic", part_of(state, CONNECTOR), language, config)
     if isinstance(content, Mapping) and any(PROJECTOR in str(name) for name in content):
         tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
         return Parts("llava", connector=connector_from_llava(tensors, where=str(file)))
@@ -232,36 +233,19 @@ def _read_file(file: Path) -> Parts:
     )
 
 
-def _prismatic_parts(file: Path) -> Parts:
-    state = load_prismatic(file)
-    language = part_of(state, "language_model.")
-    return Parts(
-        "prismatic",
-        connector=part_of(state, "multi_modal_projector."),
-        language=language,
-        config=mamba_config_of(language, str(file)) if language else None,
-    )
-
-
-def _transformers_parts(source: Path, raw: Mapping[str, Any]) -> Parts:
-    from transformers import MambaConfig
-
-    state = {transformers_name(name): tensor for name, tensor in load_state_dict_dir(source).items()}
-    return Parts("transformers", language=state, config=MambaConfig.from_dict(dict(raw)), directory=source)
-
-
 def _vlmamba_parts(source: Path, raw: Mapping[str, Any]) -> Parts:
     from transformers import MambaConfig
 
+    check_folder(source)
     state = load_state_dict_dir(source)
     text = dict(raw.get("text_config") or {})
-    language = part_of(state, "language_model.")
+    language = part_of(state, LANGUAGE)
     if text.get("model_type") != "mamba":
         raise CheckpointError(
             f"{source}: its language model is {text.get('model_type')!r}; only Mamba's is converted. "
             "transformers reads the other kinds directly."
         )
-    connector = part_of(state, "multi_modal_projector.")
+    connector = part_of(state, CONNECTOR)
     return Parts("vlmamba", connector, language, MambaConfig.from_dict(text), source)
 
 
@@ -317,20 +301,10 @@ def _write_language(parts: Parts, directory: Path, to: str, where: str) -> None:
 
 
 def _write_prismatic(parts: Parts, directory: Path) -> None:
-    state = {f"multi_modal_projector.{name}": tensor for name, tensor in parts.connector.items()}
     language = dict(parts.language)
     if language:
         language.setdefault(HEAD, language[EMBEDDINGS])
-    state.update({f"language_model.{name}": tensor for name, tensor in language.items()})
+    state = {f"{CONNECTOR}{name}": tensor for name, tensor in parts.connector.items()}
+    state |= {f"{LANGUAGE}{name}": tensor for name, tensor in language.items()}
     (directory / CHECKPOINT).parent.mkdir(parents=True)
     torch.save({"model": model_to_prismatic(state)}, directory / CHECKPOINT)
-
-
-def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """In another dtype, but for what a Mamba layer keeps in float32."""
-    return {
-        name: tensor.to(torch.float32 if keeps_fp32(name) else dtype)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in state.items()
-    }

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from vlmamba import __version__
+from vlmamba.common.progress import silence_others
 from vlmamba.errors import VLMambaError
 
 VERBS = {
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0].startswith("-"):
         parser.parse_args(words or ["--help"])
     verb = parser.parse_args(words[:1]).verb
+    silence_others()
     logging.basicConfig(
         level=os.environ.get("VLMAMBA_LOG", "INFO").upper(), format="%(message)s", stream=sys.stderr
     )

@@ -173,11 +173,12 @@ def _speed(words: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto")
     add_switches(parser)
     arguments = parser.parse_args(words)
-    from vlmamba.ablations.speed import measure_speed, write_speed
+    from vlmamba.ablations.speed import measure_speed
+    from vlmamba.common.files import replace_json
 
     values = measure_speed(arguments.checkpoint, chosen_switches(arguments), device=arguments.device)
     if arguments.output:
-        write_speed(arguments.output, values)
+        replace_json(arguments.output, values)
     for name, value in values.items():
         print(f"{name:20} {value}")
     return 0

@@ -59,7 +59,7 @@ def run(words: Sequence[str]) -> int:
     )
     stats.add_argument("--pack", default="2048,4096,8192", help="lengths of packed rows to try")
     stats.add_argument("--html", type=Path, help="also write a page")
-    stats.add_argument("--png", type=Path, help="also write the histogram as a picture (needs matplotlib)")
+    stats.add_argument("--svg", type=Path, help="also write the histogram as a picture")
     stats.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that measure")
     convert = actions.add_parser("convert", help="other formats to LLaVA's", allow_abbrev=False)
     convert.add_argument("format", choices=("lrv",), help="lrv: LRV-Instruction, its charts included")
@@ -225,7 +225,8 @@ def _numbers(option: str, words: str) -> list[int]:
 def _stats(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from vlmamba.common.files import cache_folder
     from vlmamba.data import compute_lengths
-    from vlmamba.data.stats import layouts, stats_html, stats_text
+    from vlmamba.data.stats import layouts, stats_chart, stats_html, stats_text
+    from vlmamba.pages.charts import write_chart
     from vlmamba.training.data import processor_fingerprint
 
     dataset, config = _dataset(arguments, overrides)
@@ -255,20 +256,7 @@ def _stats(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.html is not None:
         replace_text(arguments.html, stats_html(table, text, title=title))
         print(f"written to {arguments.html}")
-    if arguments.png is not None:
-        _write_png(table.lengths[usable], title, arguments.png)
-        print(f"written to {arguments.png}")
+    if arguments.svg is not None:
+        write_chart(arguments.svg, stats_chart(table))
+        print(f"written to {arguments.svg}")
     return 0
-
-
-def _write_png(lengths: Any, title: str, path: Path) -> None:
-    from vlmamba.errors import require
-
-    require("matplotlib", extra="eval", feature="--png")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(lengths, bins=60, color="#3a6ea5")
-    axes.set(title=title, xlabel="tokens of a row, image tokens included", ylabel="rows")
-    figure.savefig(path, dpi=120)

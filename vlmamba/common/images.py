@@ -17,15 +17,14 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vlmamba.common.vocabulary import StoredImage
 from vlmamba.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
@@ -47,23 +46,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """A picture's file inside something larger (a shard, a table), read when it is needed.
-
-    Attributes:
-        name: What it is called in messages; two with the same name are the same picture.
-        read: Its bytes. What it raises when they cannot be had becomes an `ImageError`.
-    """
-
-    name: str
-    read: Callable[[], bytes] = field(compare=False, repr=False)
-
-
-ImageRef = Path | bytes | StoredImage | Image.Image
-"""A picture as data sets and tasks name it: a file, the bytes of a file, how to read them, or one already open."""
 
 
 def open_image(source: Any, *, exif_transpose: bool = False, events: list[str] | None = None) -> Image.Image:

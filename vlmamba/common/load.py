@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmamba.common.digests import check_folder
+from vlmamba.common.digests import DIGESTS, check_folder
 from vlmamba.common.files import read_json
 from vlmamba.common.processes import pick_device, read_launch
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError, VLMambaError
@@ -139,10 +139,12 @@ def find_model(path: str | Path) -> Path:
             kind = config.get("model_type") if isinstance(config, dict) else None
             if kind != "vlmamba":
                 raise CheckpointError(
-                    f"{candidate} holds a model of type {kind!r}, which sees no image: give a run or an export of a "
-                    "vision-language model."
+                    f"{candidate / 'config.json'} is of a model of type {kind!r}, which sees no image: give a run or "
+                    "an export of a vision-language model."
                 )
             return candidate
+        if (candidate / DIGESTS).is_file():
+            raise CheckpointError(f"{candidate / 'config.json'} is missing. Copy or export the model again.")
     if is_checkpoint(given):
         return given
     if (given / "checkpoints").is_dir():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from vlmamba.config.base import (
+    FREE,
+    LATER,
     Change,
     Config,
+    Free,
+    Later,
     describe,
     diff_configs,
     dump_yaml,
@@ -12,14 +16,19 @@ from vlmamba.config.base import (
     field_infos,
     flatten,
     load_yaml,
+    marked,
 )
 from vlmamba.config.files import load_python_file
 from vlmamba.config.overrides import apply_overrides, parse_overrides
 from vlmamba.config.recipe import Recipe, list_recipes, load_recipe, recipe_functions
 
 __all__ = [
+    "FREE",
+    "LATER",
     "Change",
     "Config",
+    "Free",
+    "Later",
     "Recipe",
     "apply_overrides",
     "describe",
@@ -32,6 +41,7 @@ __all__ = [
     "load_python_file",
     "load_recipe",
     "load_yaml",
+    "marked",
     "parse_overrides",
     "recipe_functions",
 ]

@@ -16,7 +16,17 @@ import itertools
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    Self,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -25,6 +35,13 @@ from vlmamba.errors import ConfigError, MissingFileError
 from vlmamba.registry import close_matches
 
 CLASS_KEY = "class"
+FREE, LATER = "may change at a resume", "came later"
+
+T = TypeVar("T")
+Free = Annotated[T, FREE]
+"""Type of a setting that may change at a resume, since it changes no result beyond rounding: ``every: Free[int]``."""
+Later = Annotated[T, LATER]
+"""Type of a setting that came after the first runs; at its default they are what they were."""
 
 
 class Change(NamedTuple):
@@ -158,8 +175,10 @@ def load_yaml(source: str | Path, cls: type[C] | None = None) -> Config:
         raise MissingFileError(f"there is no config file {file}.")
     try:
         values = parse_yaml(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file} is nested too deeply to be read: it is no config.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected keys and values at the top, got {type(values).__name__}.")
     named = values.pop(CLASS_KEY, None)
@@ -219,6 +238,20 @@ def _same(old: Any, new: Any) -> bool:
 
 def _show(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
+
+
+def marked(cls: type[Config], mark: str, path: str = "") -> dict[str, Any]:
+    """Dotted keys of the settings that declare `FREE` or `LATER`, those of nested configs too, and their defaults (None
+    of a required one).
+    """
+    found: dict[str, Any] = {}
+    for name, annotation in get_type_hints(cls, include_extras=True).items():
+        key, field = _join(path, name), cls._fields()[name]
+        if mark in getattr(annotation, "__metadata__", ()):
+            found[key] = None if _is_required(field) else _default(field)
+        elif is_config(annotation):
+            found.update(marked(annotation, mark, key))
+    return found
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from vlmamba.config.files import load_python_file
 from vlmamba.config.overrides import apply_overrides, parse_overrides
 from vlmamba.config.values import from_text, is_config
 from vlmamba.errors import ConfigError, MissingFileError
-from vlmamba.registry import close_matches
+from vlmamba.registry import close_matches, users_words
 
 
 class Recipe(NamedTuple):
@@ -53,16 +53,19 @@ def load_recipe(
     path = _resolve(name, Path(folder))
     flags = parse_overrides(arguments)
     if path.suffix in (".yaml", ".yml"):
-        config, changes = apply_overrides(load_yaml(path), flags)
+        written = load_yaml(path)
+        with users_words():
+            config, changes = apply_overrides(written, flags)
         return Recipe(config, changes, path, "")
     functions = recipe_functions(path)
     function = _pick(functions, function_name or default, path)
     keywords, required = _keywords(function, flags, path)
-    written = function(**required)
-    config = function(**keywords) if keywords != required else written
-    if not isinstance(config, Config):
-        raise ConfigError(f"{path}:{function.__name__} returned {type(config).__name__}, not a config.")
-    final = apply_overrides(config, flags).config
+    with users_words():
+        written = function(**required)
+        config = function(**keywords) if keywords != required else written
+        if not isinstance(config, Config):
+            raise ConfigError(f"{path}:{function.__name__} returned {type(config).__name__}, not a config.")
+        final = apply_overrides(config, flags).config
     return Recipe(final, diff_configs(written, final), path, function.__name__)
 
 

@@ -231,7 +231,7 @@ def _parts(
         if orphan == "reject":
             raise RowError(
                 f"'{place}' has {count} {IMAGE_TOKEN} but the row has no 'image'; add the image, take the "
-                "token out, or set orphan_tokens to 'strip' or 'literal'",
+                "token out, or read the source with LLaVASource(orphan_tokens='strip' or 'literal')",
                 kind="token_without_image",
             )
         events.extend(["token_without_image"] * value.count(IMAGE_TOKEN))

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vlmamba.common.images import ImageRef, open_image
-from vlmamba.common.vocabulary import IGNORE_INDEX, Message
+from vlmamba.common.images import open_image
+from vlmamba.common.vocabulary import IGNORE_INDEX, ImageRef, Message
 from vlmamba.data.conversation import ImagePosition, place_images
 from vlmamba.data.downloads import download_hint
 from vlmamba.data.pixels import PixelBuffer

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmamba.common.images import ImageRef, StoredImage
+from vlmamba.common.vocabulary import ImageRef, StoredImage
 from vlmamba.data.conversation import OrphanTokens
 from vlmamba.data.sources import resolve_image_path, sample_of
 from vlmamba.data.types import RowError, Sample

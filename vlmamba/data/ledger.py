@@ -80,7 +80,7 @@ class BadSamples:
             f"{len(charged)} of {self.total_rows} rows cannot be used ({kinds}), more than the "
             f"{self.allowed} that max_bad_fraction={self.max_bad_fraction} allows. The first of them:\n"
             f"{examples}\n"
-            f"Repair the data (`vlmamba data check` lists every problem) or raise max_bad_fraction.{listed}"
+            f"Repair the data (`vlmamba data check` lists every problem) or raise data.max_bad_fraction.{listed}"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from vlmamba.common.progress import progress_bar
 from vlmamba.data.cache import kept_table
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.loader import as_is, killed_is_data_error
@@ -173,8 +172,7 @@ def in_chunks(
         collate_fn=as_is,
         generator=torch.Generator(),  # its own: else dropout would depend on whether the rows had been measured
     )
-    quiet = not progress or os.environ.get("VLMAMBA_PROGRESS") == "0"
-    with tqdm(total=count, desc=title, unit="row", disable=quiet) as bar, killed_is_data_error():
+    with progress_bar(count, title, "row", enabled=progress) as bar, killed_is_data_error():
         for number, result in enumerate(chunks):
             yield result
             bar.update(min(size, count - number * size))

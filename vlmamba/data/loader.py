@@ -175,10 +175,9 @@ class Loader:
                 num_images=None if table is None else table.num_images,
             )
             if not len(plan):
-                rows = len(self.dataset)
                 raise DataError(
-                    f"no step can be made of {rows} rows ({plan.num_dropped} left out by drop_last); "
-                    "make the steps smaller, or set drop_last to false"
+                    f"no step can be made: none of the {len(self.dataset)} rows can be used. `vlmamba data check` "
+                    "says why."
                 )
             self._plan = (epoch, plan)
         return self._plan[1]

@@ -39,7 +39,6 @@ class PlanSettings:
         pad_to_multiple_of: The length of every micro-batch is rounded up to a multiple of it.
         grouping: "random"; "length": the rows of a step are similarly long; "modality_length": and all
             with images or all without (but for the one step that takes what is left over).
-        drop_last: Leave out the rows that do not fill a last step. Otherwise the last step is smaller.
         seed: Of the shuffling.
     """
 
@@ -50,7 +49,6 @@ class PlanSettings:
     pack_tokens: int | None = None
     pad_to_multiple_of: int = 1
     grouping: Grouping = "random"
-    drop_last: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -106,7 +104,6 @@ class EpochPlan:
         lengths: Length of each data set row (ones when unknown).
         num_images: Images of each data set row (zeros when unknown).
         settings: What it was made with.
-        num_dropped: Rows that `drop_last` left out.
     """
 
     rows: np.ndarray
@@ -114,7 +111,6 @@ class EpochPlan:
     lengths: np.ndarray
     num_images: np.ndarray
     settings: PlanSettings
-    num_dropped: int
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -282,16 +278,14 @@ def plan_epoch(
     images = np.zeros_like(lengths) if num_images is None else np.asarray(num_images, dtype=np.int64)
     whole, rest = _group(shuffled, lengths, images, settings)
     order = generator.permutation(len(whole))
-    steps = [whole[i] for i in order]
-    steps += [] if settings.drop_last else rest
-    dropped = len(indices) - sum(len(step) for step in steps)
+    steps = [*(whole[i] for i in order), *rest]
     steps = [step[np.argsort(-lengths[step], kind="stable")] for step in steps]
     if steps:  # out of memory shows in the first step, not after hours
         worst = max(range(len(steps)), key=lambda s: _memory(lengths[steps[s]], settings))
         steps.insert(0, steps.pop(worst))
     bounds = np.cumsum([0, *(len(step) for step in steps)]).astype(np.int64)
     rows = np.concatenate(steps) if steps else np.empty(0, dtype=np.int64)
-    return EpochPlan(rows, bounds, lengths, images, settings, dropped)
+    return EpochPlan(rows, bounds, lengths, images, settings)
 
 
 def _memory(lengths: np.ndarray, settings: PlanSettings) -> tuple[float, int]:
@@ -308,7 +302,7 @@ def _check_budget(indices: np.ndarray, lengths: np.ndarray, settings: PlanSettin
         budget = getattr(settings, name)
         if budget is not None and longest > budget:
             raise ConfigError(
-                f"the longest row has {longest} tokens but {name} is {budget}; raise it, or lower max_length"
+                f"the longest row has {longest} tokens but {name} is {budget}; raise it, or lower data.max_length"
             )
 
 

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from vlmamba.common.images import MAX_BYTES, StoredImage
+from vlmamba.common.images import MAX_BYTES
+from vlmamba.common.progress import progress_bar
+from vlmamba.common.vocabulary import StoredImage
 from vlmamba.data.cache import file_key, kept_table
 from vlmamba.data.conversation import OrphanTokens
 from vlmamba.data.downloads import missing_file_message
@@ -101,7 +102,7 @@ class ShardSource:
         self.shards = [Path(shard).absolute() for shard in _existing(annotations, hint)]
         self.name = name or self.shards[0].parent.name
         self.orphan_tokens: OrphanTokens = orphan_tokens
-        bar = tqdm(self.shards, desc="finding the rows of shards", unit="shard", disable=not progress)
+        bar = progress_bar(self.shards, "finding the rows of shards", "shard", enabled=progress)
         self._members = [_members(shard) for shard in bar]
         counts = [int(table[-1, 0]) + 1 if len(table) else 0 for table in self._members]
         self._ends = np.cumsum(counts)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vlmamba.common.images import ImageRef, StoredImage, open_image
-from vlmamba.common.vocabulary import IGNORE_INDEX
+from vlmamba.common.vocabulary import IGNORE_INDEX, ImageRef, StoredImage
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.types import RowError
 from vlmamba.errors import ImageError
+from vlmamba.pages import embedded, render
 
 GREEN, DIM, BLUE, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[34m", "\x1b[0m"
-THUMBNAIL = 320
 
 
 @dataclass(frozen=True)
@@ -90,48 +86,18 @@ def _marked(piece: Piece, color: bool) -> str:
 
 def as_html(samples: Sequence[Shown], *, title: str) -> str:
     """A page of its own, pictures included."""
-    style = (
-        "body{font:15px sans-serif;margin:2em auto;max-width:60em}article{border-top:1px solid #ccc;padding:1em 0}"
-        "pre{white-space:pre-wrap;background:#f6f6f6;padding:.8em}.learnt{background:#c9f0cd}"
-        ".image{color:#3a6ea5}.problem{color:#b00020}img{max-height:240px;margin-right:.5em}"
+    return render(
+        "samples",
+        title=title,
+        samples=[{**vars(shown), "pictures": [_picture(ref) for ref in shown.images]} for shown in samples],
     )
-    body = "".join(_article(shown) for shown in samples)
-    return (
-        (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
-            f'<h1>{escape(title)}</h1><p>What is learnt is <span class="learnt">marked</span>.</p>{body}</html>\n'
-        )
-        .encode("utf-8", "xmlcharrefreplace")
-        .decode("utf-8")
-    )  # names that are no text
 
 
-def _article(shown: Shown) -> str:
-    images = "".join(_img(ref) for ref in shown.images)
-    if shown.problem:
-        inner = f'<p class="problem">cannot be used: {escape(shown.problem)}</p>'
-    else:
-        spans = "".join(
-            f'<span class="image">&lt;{piece.tokens} image tokens&gt;</span>'
-            if piece.kind == "image"
-            else f'<span class="{piece.kind}" title="{piece.tokens} tokens">{escape(piece.text)}</span>'
-            for piece in shown.pieces
-        )
-        inner = f"<pre>{spans}</pre>"
-    repaired = f"<p>repaired: {escape(', '.join(shown.events))}</p>" if shown.events else ""
-    return f"<article><h3>{escape(shown.title)}</h3>{images}{repaired}{inner}</article>"
-
-
-def _img(ref: ImageRef) -> str:
+def _picture(ref: ImageRef) -> dict[str, str]:
     try:
-        picture = open_image(ref)
+        return {"name": _describe(ref), "data": embedded(ref), "problem": ""}
     except ImageError as error:
-        return f'<p class="problem">{escape(str(error))}</p>'
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{escape(_describe(ref), quote=True)}" src="data:image/jpeg;base64,{data}">'
+        return {"problem": str(error)}
 
 
 def _describe(ref: ImageRef) -> str:

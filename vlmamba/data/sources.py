@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlmamba.common.images import ImageRef
+from vlmamba.common.vocabulary import ImageRef
 from vlmamba.data.conversation import OrphanTokens, parse_row
 from vlmamba.data.downloads import missing_file_message
 from vlmamba.data.index import RowFile

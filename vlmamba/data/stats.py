@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 
 import numpy as np
 
 from vlmamba.data.lengths import USABLE, LengthTable
 from vlmamba.data.packing import PACK_MULTIPLE
 from vlmamba.data.sampler import Grouping, PlanSettings, plan_epoch
+from vlmamba.pages import render
+from vlmamba.pages.charts import Series, chart
 
 BAR = 40
+LENGTHS = "tokens of a row, image tokens included"
 SAMPLED_STEPS = 400
 """Plans are accounted over so many of their steps, evenly spread."""
 
@@ -120,7 +122,7 @@ def stats_text(table: LengthTable, found: Sequence[Layout], *, title: str, ranks
         f"({summary['supervised'] / max(summary['tokens'], 1):.1%}); a row: "
         + ", ".join(f"{name} {value:,.0f}" for name, value in quantiles(lengths)),
         "",
-        "tokens of a row, image tokens included",
+        LENGTHS,
     ]
     lines += [
         f"  {low:>6,} - {high - 1:<6,} {count:>9,}  {'#' * round(BAR * count / top)}"
@@ -153,19 +155,13 @@ def quantiles(lengths: np.ndarray) -> list[tuple[str, float]]:
 
 def stats_html(table: LengthTable, text: str, *, title: str) -> str:
     """A page of its own with the histogram as a picture."""
+    shown = {"label": "", "note": LENGTHS, "svg": stats_chart(table)}
+    return render("stats", title=title, chart=shown, text=text)
+
+
+def stats_chart(table: LengthTable) -> str:
+    """The histogram as SVG."""
     rows = histogram(table.lengths[table.status == USABLE])
-    top = max((count for _, _, count in rows), default=1) or 1
-    width, height, step = 720, 240, 720 / max(len(rows), 1)
-    bars = "".join(
-        f'<rect x="{i * step + 1:.1f}" y="{height - height * count / top:.1f}" width="{step - 2:.1f}" '
-        f'height="{height * count / top:.1f}"><title>{low} - {high - 1} tokens: {count} rows</title></rect>'
-        f'<text x="{i * step + step / 2:.1f}" y="{height + 14}">{low}</text>'
-        for i, (low, high, count) in enumerate(rows)
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>'
-        "body{font:15px sans-serif;margin:2em auto;max-width:60em}rect{fill:#3a6ea5}"
-        "text{font-size:10px;text-anchor:middle}pre{overflow-x:auto}</style>"
-        f'<h1>{escape(title)}</h1><svg viewBox="0 0 {width} {height + 20}" role="img" '
-        f'aria-label="tokens of a row">{bars}</svg><pre>{escape(text)}</pre></html>\n'
-    )
+    notes = [f"{low} - {high - 1} tokens: {count} rows" for low, high, count in rows]
+    bars = Series([((low + high) / 2, float(count)) for low, high, count in rows], "bars", notes=notes)
+    return chart([bars], label=LENGTHS, x="tokens", y="rows", width=720)

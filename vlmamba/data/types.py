@@ -10,8 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from vlmamba.common.images import ImageRef
-from vlmamba.common.vocabulary import Message
+from vlmamba.common.vocabulary import ImageRef, Message
 from vlmamba.errors import DataError, ImageError, VLMambaError
 
 

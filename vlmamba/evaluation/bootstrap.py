@@ -8,82 +8,43 @@ drawn at once (a multinomial), which is the same as drawing questions one by one
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from vlmamba.evaluation.scorers import Headline, Score
+from vlmamba.evaluation.scorers.base import FORMULAS
 
 RESAMPLES = 10_000
 LOW, HIGH = 2.5, 97.5
 """Percentiles of the interval."""
 
 
-def paired_interval(
-    differences: Sequence[float],
+def difference_interval(
+    first: Sequence[Sequence[float]],
+    other: Sequence[Sequence[float]],
+    formula: str = "share",
     groups: Sequence[Hashable] = (),
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean difference.
+    """The 95 % percentile interval of the difference of two runs' figures.
 
     Args:
-        differences: Of each question.
+        first: What each question adds to one run's sums.
+        other: The same of the other run, for the same questions in the same order.
+        formula: From sums to the figure (`vlmamba.evaluation.scorers.base.FORMULAS`).
         groups: Questions with the same value are drawn together; each by itself when empty.
         resamples: How many.
         seed: Of the draws.
     """
-    totals = _resample(np.array([(d, 1.0) for d in differences]), groups, resamples, seed)
-    low, high = np.percentile(totals[:, 0] / totals[:, 1], [LOW, HIGH])
-    return float(low), float(high)
-
-
-def headline_interval(
-    first: Score,
-    other: Score,
-    groups: Sequence[Hashable] = (),
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """The 95 % percentile interval of the difference of two runs' headlines, in the headline's unit.
-
-    Args:
-        first: One run's score.
-        other: The other's, on the same questions in the same order.
-        groups: As in `paired_interval`.
-        resamples: How many.
-        seed: Of the draws.
-
-    Returns:
-        None where the headline is no function of sums over questions (an area under a curve), or has no value.
-    """
-    parts = [_parts(score) for score in (first, other)]
-    if None in parts:
-        return None
-    (rows, value), (other_rows, other_value) = (part for part in parts if part is not None)
-    totals = _resample(np.concatenate([rows, other_rows], axis=1), groups, resamples, seed)
-    width = rows.shape[1]
-    pairs = [(value(sums[:width]), other_value(sums[width:])) for sums in totals.tolist()]
+    value, width = FORMULAS[formula], len(first[0])
+    totals = _resample(np.concatenate([first, other], axis=1), groups, resamples, seed)
+    pairs = [(value(sums[:width]), value(sums[width:])) for sums in totals.tolist()]
     found = [b - a for a, b in pairs if a is not None and b is not None]
     low, high = np.percentile(found, [LOW, HIGH])
     return float(low), float(high)
-
-
-def _parts(score: Score) -> tuple[np.ndarray, Callable[[Sequence[float]], float | None]] | None:
-    """What each question adds, and the function from sums to the headline, if that gives the headline."""
-    stated = score.metrics.get("headline", {}).get("value")
-    if not score.correct or ("headline" in score.metrics and stated is None):
-        return None
-    headline = score.headline or Headline.share(score.correct)
-    rows = np.array(headline.rows, dtype=float)
-    value = headline.value(rows.sum(axis=0).tolist())
-    if stated is not None and (value is None or not math.isclose(value, stated, rel_tol=1e-9, abs_tol=1e-9)):
-        return None
-    return rows, headline.value
 
 
 def _resample(rows: np.ndarray, groups: Sequence[Hashable], resamples: int, seed: int) -> np.ndarray:

@@ -6,13 +6,13 @@ Nothing is printed here; `vlmamba.evaluation.tables.format_results` makes the te
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from vlmamba.common.files import read_json, replace_json
 from vlmamba.common.load import load_model
 from vlmamba.common.processes import Group
 from vlmamba.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
@@ -20,6 +20,7 @@ from vlmamba.evaluation.predictions import score_predictions as score_prediction
 from vlmamba.evaluation.records import read_records, record_key, remove_answers
 from vlmamba.evaluation.scoring import given_answers
 from vlmamba.evaluation.task import Task, load_task
+from vlmamba.registry import users_words
 
 RESULTS_FILE = "results.json"
 
@@ -107,7 +108,7 @@ def evaluate_checkpoint(
             missing = conversations - len(results["conversations"])
             results["conversations"] += hold_conversations(model, processor, task, missing)
             results["tasks"][task.name] = result
-            write_json(target / RESULTS_FILE, results)
+            replace_json(target / RESULTS_FILE, results)
     return ranks.on_main(lambda: results)
 
 
@@ -135,7 +136,8 @@ def load_tasks(
     Raises:
         ConfigError: One is unknown, there is none, or two have the same name.
     """
-    loaded = {spec: load_task(spec, folder=folder, **(options or {})) for spec in _split(tasks)}
+    with users_words():
+        loaded = {spec: load_task(spec, folder=folder, **(options or {})) for spec in _split(tasks)}
     names = Counter(task.name for task in loaded.values())
     if len(names) < len(loaded):
         raise ConfigError(f"two of the tasks {', '.join(loaded)} are called {names.most_common(1)[0][0]!r}")
@@ -162,7 +164,7 @@ def _earlier_tasks(file: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     """Results of other tasks that an earlier call wrote about the same weights."""
     if not file.is_file():
         return {}
-    earlier = json.loads(file.read_text(encoding="utf-8"))
+    earlier = read_json(file, error=DataError)
     same = earlier.get("model", {}).get("fingerprint") == model["fingerprint"]
     return dict(earlier["tasks"]) if same else {}
 
@@ -195,16 +197,6 @@ def describe_model(model: Any, processor: Any) -> dict[str, Any]:
         "parameters": {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts},
         "image_tokens": processor.num_image_tokens,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _split(tasks: Sequence[str] | str) -> list[str]:

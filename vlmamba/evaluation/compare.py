@@ -8,21 +8,21 @@ together are resampled together.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from vlmamba.common.files import read_json
 from vlmamba.errors import ConfigError, DataError, MissingFileError
-from vlmamba.evaluation.bootstrap import headline_interval, paired_interval
+from vlmamba.evaluation.bootstrap import difference_interval
 from vlmamba.evaluation.cli import RESULTS_FILE, reload_task
 from vlmamba.evaluation.records import read_records, record_key
-from vlmamba.evaluation.scorers import Score
-from vlmamba.evaluation.scoring import headline, score_answers
+from vlmamba.evaluation.scorers import Headline
+from vlmamba.evaluation.scoring import Credit, read_credits
 from vlmamba.evaluation.tables import figure, percent, text_table
-from vlmamba.evaluation.task import Sample, Task, first_questions
+from vlmamba.evaluation.task import Sample
 
 DESCRIBING = ("model", "dtype", "method", "rank_by", "max_new_tokens", "processor")
 """Settings that may differ between runs and then are shown."""
@@ -130,7 +130,7 @@ def compare_runs(
     if len(runs) < 2:
         raise ConfigError(f"a comparison needs at least two runs, got {len(runs)}")
     folders = [_results_folder(Path(run)) for run in runs]
-    results = [json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")) for folder in folders]
+    results = [read_json(folder / RESULTS_FILE, error=DataError) for folder in folders]
     labels = _labels([str(run) for run in runs])
     held = [list(result["tasks"]) for result in results]
     shared = [name for name in held[0] if all(name in names for names in held[1:])]
@@ -143,18 +143,12 @@ def compare_runs(
         raise ConfigError(f"the runs have no common task {' or '.join(map(repr, absent)) or 'at all'}: {has}")
     compared = []
     for name in chosen:
-        task = reload_task(results[0]["tasks"][name])
         of_task = [result["tasks"][name] for result in results]
-        samples = _asked(task, of_task, labels, common=common)
-        answers = [
-            _Answers.read(task, samples, folder, r) for folder, r in zip(folders, of_task, strict=True)
-        ]
-        for at in range(1, len(runs)):
-            compared.append(
-                _compare(
-                    task, samples, (of_task[0], of_task[at]), (answers[0], answers[at]), labels[at], seed
-                )
-            )
+        task = reload_task(of_task[0])
+        read = [_Answers.read(folder, result) for folder, result in zip(folders, of_task, strict=True)]
+        keys = _asked(name, of_task, read, labels, common=common)
+        samples = [sample for sample in task.samples if sample.key in keys]
+        compared += [_compare(samples, (read[0], read[at]), labels[at], seed) for at in range(1, len(runs))]
     left_out = sorted({name for names in held for name in names} - set(shared))
     return Comparison(labels, compared, left_out)
 
@@ -213,68 +207,67 @@ def points(share: float) -> str:
     return f"{100 * share:+.2f}"
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What a run said to the questions compared, and what it earned."""
+class _Answers(NamedTuple):
+    """A run's result, what it said, and what that earned."""
 
-    texts: Sequence[str | None]
-    score: Score
+    result: dict[str, Any]
+    texts: dict[tuple[str, str], str]
+    credits_: dict[tuple[str, str], Credit]
 
     @classmethod
-    def read(cls, task: Task, samples: Sequence[Sample], folder: Path, result: Any) -> _Answers:
-        records = {record_key(record): record for record in read_records(folder / result["predictions"])}
-        found = [records.get(sample.key) for sample in samples]
-        texts = [None if record is None else str(record["text"]) for record in found]
-        return cls(texts, score_answers(task, samples, records))
+    def read(cls, folder: Path, result: dict[str, Any]) -> _Answers:
+        file = folder / result["predictions"]
+        texts = {record_key(record): str(record["text"]) for record in read_records(file)}
+        return cls(result, texts, read_credits(file))
+
+    def headline(self, keys: Sequence[tuple[str, str]]) -> float | None:
+        """Of some of the questions; None where it is no function of sums over them."""
+        stated = self.result["headline"]
+        if len(keys) == len(self.credits_):
+            return stated["value"]
+        return (
+            Headline([self.credits_[key].adds for key in keys], stated["formula"]).value()
+            if stated["formula"]
+            else None
+        )
 
 
 def _compare(
-    task: Task,
-    samples: Sequence[Sample],
-    results: tuple[Any, Any],
-    answers: tuple[_Answers, _Answers],
-    label: str,
-    seed: int,
+    samples: Sequence[Sample], answers: tuple[_Answers, _Answers], label: str, seed: int
 ) -> TaskComparison:
     first, other = answers
-    changes: list[float] = []
+    keys = [sample.key for sample in samples]
+    pairs = [(first.credits_[key], other.credits_[key]) for key in keys]
+    texts = [(first.texts.get(key, ""), other.texts.get(key, "")) for key in keys]
     rows: list[Difference] = []
     interval = None
-    if first.score.correct:
-        credits_ = [
-            (float(a), float(b)) for a, b in zip(first.score.correct, other.score.correct, strict=True)
-        ]
-        changes = [b - a for a, b in credits_]
-        groups = first.score.groups or [
-            at if sample.group is None else ("group", sample.group) for at, sample in enumerate(samples)
-        ]
-        interval = headline_interval(first.score, other.score, groups, seed=seed)
-        kinds: dict[str, list[int]] = {"overall": list(range(len(samples)))}
-        for at, sample in enumerate(samples):
-            if sample.category:
-                kinds.setdefault(f"{sample.category}", []).append(at)
-        rows = [
-            _row(kind, [credits_[i] for i in at], [groups[i] for i in at], seed) for kind, at in kinds.items()
-        ]
-        rows[1:] = sorted(rows[1:], key=lambda row: row.name)
-    texts = list(zip(first.texts, other.texts, strict=True))
-    flips = [
-        Flip(samples[at], texts[at][0] or "", texts[at][1] or "", change)
-        for at, change in enumerate(changes)
-        if change
-    ]
-    headlines = [headline(task, answer.score.metrics) for answer in answers]
-    settings = [result.get("settings", {}) for result in results]
+    if all(credit.credit is not None for credit, _ in pairs):
+        kinds: dict[str, list[tuple[Credit, Credit]]] = {"overall": pairs}
+        for pair in pairs:
+            if pair[0].category:
+                kinds.setdefault(pair[0].category, []).append(pair)
+        rows = [_row(kind, kinds[kind], seed) for kind in ("overall", *sorted(kinds.keys() - {"overall"}))]
+    main, formula = first.result["headline"], first.result["headline"]["formula"]
+    if formula is not None and formula == other.result["headline"]["formula"]:
+        adds = [[credit.adds for credit in run] for run in zip(*pairs, strict=True)]
+        interval = difference_interval(
+            adds[0], adds[1], formula, [credit.group for credit, _ in pairs], seed=seed
+        )
+    settings = [answer.result.get("settings", {}) for answer in answers]
     return TaskComparison(
-        task.name,
+        first.result["task"],
         label,
-        headlines[0]["name"],
-        headlines[0]["value"],
-        headlines[1]["value"],
-        headlines[0]["unit"],
+        main["name"],
+        first.headline(keys),
+        other.headline(keys),
+        main["unit"],
         interval,
         rows,
-        flips,
+        [
+            Flip(sample, *said, (b.credit or 0) - (a.credit or 0))
+            for sample, said, (a, b) in zip(samples, texts, pairs, strict=True)
+            if a.credit != b.credit
+        ],
         sum(a != b for a, b in texts),
         {
             key: (settings[0].get(key), settings[1].get(key))
@@ -284,27 +277,30 @@ def _compare(
     )
 
 
-def _row(
-    name: str, credits_: Sequence[tuple[float, float]], groups: Sequence[Hashable], seed: int
-) -> Difference:
-    changes = [other - first for first, other in credits_]
-    count = len(credits_)
-    low, high = paired_interval(changes, groups, seed=seed)
+def _row(name: str, pairs: Sequence[tuple[Credit, Credit]], seed: int) -> Difference:
+    first, other = ([float(credit.credit or 0) for credit in run] for run in zip(*pairs, strict=True))
+    changes = [b - a for a, b in zip(first, other, strict=True)]
+    groups = [credit.group for credit, _ in pairs]
+    low, high = difference_interval(
+        Headline.share(first).rows, Headline.share(other).rows, groups=groups, seed=seed
+    )
     return Difference(
         name,
-        count,
-        sum(first for first, _ in credits_) / count,
-        sum(other for _, other in credits_) / count,
-        sum(changes) / count,
-        low,
-        high,
+        len(pairs),
+        sum(first) / len(pairs),
+        sum(other) / len(pairs),
+        sum(changes) / len(pairs),
+        low / 100,
+        high / 100,
         sum(change > 0 for change in changes),
         sum(change < 0 for change in changes),
     )
 
 
-def _asked(task: Task, results: Sequence[Any], labels: Sequence[str], *, common: bool) -> list[Sample]:
-    """The questions that all of the runs were asked.
+def _asked(
+    task: str, results: Sequence[Any], answers: Sequence[_Answers], labels: Sequence[str], *, common: bool
+) -> set[tuple[str, str]]:
+    """Keys of the questions that all of the runs were asked.
 
     Raises:
         DataError: The data differ, or the numbers do and `common` is not set.
@@ -313,16 +309,16 @@ def _asked(task: Task, results: Sequence[Any], labels: Sequence[str], *, common:
     for label, fingerprint in zip(labels, data, strict=True):
         if fingerprint != data[0]:
             raise DataError(
-                f"{task.name}: {labels[0]} and {label} were asked other questions (data {data[0]} and {fingerprint})"
+                f"{task}: {labels[0]} and {label} were asked other questions (data {data[0]} and {fingerprint})"
             )
-    limits = [result["settings"].get("limit") or len(task.samples) for result in results]
-    if len(set(limits)) > 1 and not common:
-        numbers = ", ".join(f"{label}: {limit}" for label, limit in zip(labels, limits, strict=True))
+    counts = [len(answer.credits_) for answer in answers]
+    if len(set(counts)) > 1 and not common:
+        numbers = ", ".join(f"{label}: {count}" for label, count in zip(labels, counts, strict=True))
         raise DataError(
-            f"{task.name}: the runs were asked different numbers of questions ({numbers}). Ask the rest, or compare "
-            "those that all were asked with --common"
+            f"{task}: the runs were asked different numbers of questions ({numbers}). Ask the rest, or compare those "
+            "that all were asked with --common"
         )
-    return first_questions(task.samples, min(limits))
+    return set.intersection(*(set(answer.credits_) for answer in answers))
 
 
 def _results_folder(run: Path) -> Path:

@@ -15,9 +15,9 @@ from vlmamba.evaluation.compare import (
     headline_difference,
     points,
 )
-from vlmamba.evaluation.gallery import accepted, data_uri
+from vlmamba.evaluation.gallery import accepted
 from vlmamba.evaluation.tables import figure, percent
-from vlmamba.evaluation.templating import template, write_page
+from vlmamba.pages import embedded, write_page
 
 
 def write_comparison(path: str | Path, comparison: Comparison, *, flips: int = 40, seed: int = 0) -> Path:
@@ -32,12 +32,13 @@ def write_comparison(path: str | Path, comparison: Comparison, *, flips: int = 4
     Returns:
         The path.
     """
-    html = template("compare.html.jinja").render(
-        runs=comparison.runs,
+    return write_page(
+        path,
+        "compare",
+        title=f"{', '.join(comparison.runs[1:])} against {comparison.runs[0]}",
         left_out=comparison.left_out,
         tasks=[_task(task, flips, seed) for task in comparison.tasks],
     )
-    return write_page(path, html)
 
 
 def _task(task: TaskComparison, flips: int, seed: int) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _flips(name: str, flips: Sequence[Flip], count: int, seed: int) -> dict[str,
         "total": len(flips),
         "cards": [
             {
-                "images": [data_uri(image) for image in flip.sample.images],
+                "images": [embedded(image) for image in flip.sample.images],
                 "question": flip.sample.text,
                 "expected": accepted(flip.sample.answer),
                 "first": flip.first,

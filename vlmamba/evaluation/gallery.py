@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,13 +12,8 @@ from typing import Any
 from vlmamba.errors import DataError
 from vlmamba.evaluation.conversations import HALF
 from vlmamba.evaluation.records import read_records, record_key
-from vlmamba.evaluation.scoring import score_answers
+from vlmamba.evaluation.scoring import read_credits
 from vlmamba.evaluation.task import ImageRef, Sample, Task
-
-LARGEST_SIDE = 320
-"""Pixels; larger pictures are shrunk before they are embedded."""
-LARGEST_PNG = 40_000
-"""Bytes; larger pictures are embedded as JPEG."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +72,8 @@ def pick_answers(
     if not samples:
         raise DataError(f"{predictions} answers none of the questions of {task.name!r}")
     texts = [str(records[sample.key]["text"]) for sample in samples]
-    credits_ = score_answers(task, task.samples, records).correct
-    right = {s.key: c >= HALF for s, c in zip(task.samples, credits_, strict=True)} if credits_ else {}
+    credits_ = read_credits(Path(predictions))
+    right = {key: c.credit >= HALF for key, c in credits_.items() if c.credit is not None}
     groups: dict[str, dict[bool | None, list[tuple[Sample, str]]]] = defaultdict(lambda: defaultdict(list))
     for sample, text in zip(samples, texts, strict=True):
         groups[sample.category][right.get(sample.key)].append((sample, text))
@@ -115,29 +108,6 @@ def accepted(answer: Any) -> str:
     if isinstance(answer, list | tuple):
         return " or ".join(dict.fromkeys(map(str, answer)))
     return "" if answer is None else str(answer)
-
-
-def data_uri(image: ImageRef) -> str:
-    """A picture as a ``data:`` address, shrunk to at most `LARGEST_SIDE`.
-
-    Raises:
-        ImageError: It cannot be read.
-    """
-    from vlmamba.common.images import open_image
-
-    # A picture that was open comes back as it is, and belongs to the caller.
-    picture = open_image(image).copy()
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    kind, data = "png", _encoded(picture, "PNG")
-    if len(data) > LARGEST_PNG:
-        kind, data = "jpeg", _encoded(picture, "JPEG", quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _encoded(picture: Any, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, optimize=True, **options)
-    return buffer.getvalue()
 
 
 def common_suffix(questions: Sequence[str]) -> str:

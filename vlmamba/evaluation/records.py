@@ -13,11 +13,12 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vlmamba.common.files import locked, replace_text, write_errors
 from vlmamba.errors import DataError, MissingFileError
 
 Record = dict[str, Any]
@@ -81,48 +82,25 @@ def merge_parts(path: Path, order: Sequence[tuple[str, str]]) -> dict[tuple[str,
     place = {key: at for at, key in enumerate(order)}
     keys = sorted(records, key=lambda key: place.get(key, len(place)))
     if parts or keys != [record_key(r) for r, _ in before]:
-        _replace(path, "".join(_line(records[key]) for key in keys))
+        replace_text(path, "".join(_line(records[key]) for key in keys))
     for part in parts:
         part.unlink()
     return records
 
 
 def remove_answers(path: Path) -> None:
-    """Forget the answers: the file and those of processes beside it."""
-    for file in [path, *part_paths(path)]:
+    """Forget the answers: the file, those of processes beside it, and what they earned."""
+    for file in [path, *part_paths(path), path.with_suffix(f".credits{path.suffix}")]:
         file.unlink(missing_ok=True)
 
 
-@contextmanager
-def lock_answers(path: Path) -> Iterator[None]:
+def lock_answers(path: Path) -> AbstractContextManager[None]:
     """Hold an answer file for one evaluation; the system lets go of it when the process dies.
 
     Raises:
         DataError: Another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another evaluation is writing {path}: wait for it, or choose another output"
-            ) from None
-        yield
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    return locked(path.with_name(f".{path.name}.lock"), busy=f"the answer file {path}", error=DataError)
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -190,9 +168,10 @@ class RecordFile:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write lines; when this returns they are on the disk."""
-        self._file.write("".join(map(_line, records)).encode("ascii"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with write_errors(self.path):
+            self._file.write("".join(map(_line, records)).encode("ascii"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

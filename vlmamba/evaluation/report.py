@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.files import read_json
 from vlmamba.errors import DataError, MissingFileError
 from vlmamba.evaluation.cli import RESULTS_FILE, reload_task
-from vlmamba.evaluation.curves import loss_chart
-from vlmamba.evaluation.gallery import Shown, Talk, common_suffix, data_uri, pick_answers, read_talks
+from vlmamba.evaluation.gallery import Shown, Talk, common_suffix, pick_answers, read_talks
 from vlmamba.evaluation.tables import (
     RunLog,
     duration,
@@ -30,7 +29,8 @@ from vlmamba.evaluation.tables import (
     read_run,
 )
 from vlmamba.evaluation.task import ImageRef, Task
-from vlmamba.evaluation.templating import template, write_page
+from vlmamba.pages import embedded, write_page
+from vlmamba.pages.charts import chart, loss_series
 
 SETTINGS = (
     ("Encoder", ("model.vision.family", "model.vision.path")),
@@ -94,9 +94,11 @@ def write_report(
         drawn, talks = _draw(found, folder, per_category) if folder is not None else ([], [])
         samples = drawn if samples is None else samples
         conversations = talks if conversations is None else conversations
-    embed = functools.cache(data_uri)
+    embed = functools.cache(embedded)
     suffix = common_suffix([s.question for s in samples])
-    html = template("report.html.jinja").render(
+    return write_page(
+        path,
+        "report",
         title=title,
         subtitle=subtitle,
         tiles=_tiles(logs, found),
@@ -111,7 +113,6 @@ def write_report(
         talks=[_talk_view(talk, suffix, embed) for talk in conversations],
         suffix=suffix,
     )
-    return write_page(path, html)
 
 
 def _read_results(results: str | Path | Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Path | None]:
@@ -125,10 +126,7 @@ def _read_results(results: str | Path | Mapping[str, Any] | None) -> tuple[Mappi
         raise MissingFileError(
             f"no results {file}: give the folder that an evaluation wrote, or its {RESULTS_FILE}."
         )
-    try:
-        return json.loads(file.read_text(encoding="utf-8")), file.parent
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
+    return read_json(file, error=DataError), file.parent
 
 
 def _draw(results: Mapping[str, Any], folder: Path, per_category: int) -> tuple[list[Shown], list[Talk]]:
@@ -230,12 +228,10 @@ def _width(share: float | None) -> float | None:
 
 
 def _chart(log: RunLog) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    steps, losses = [int(line["step"]) for line in log.lines], [float(line["loss"]) for line in log.lines]
+    points = [(float(line["step"]), float(line["loss"])) for line in log.lines]
     label = f"Loss of {log.label} over {log.steps} steps, from {log.first_loss:.3f} to {log.last_loss:.3f}"
     note = f"{log.first_loss:.3f} → {log.last_loss:.3f}"
-    return {"label": log.label, "svg": Markup(loss_chart(steps, losses, label=label)), "note": note}
+    return {"label": log.label, "svg": chart(loss_series(points), label=label, x="step"), "note": note}
 
 
 def _times(
@@ -326,4 +322,4 @@ def _without(question: str, suffix: str) -> str:
 
 
 def _sources(images: Sequence[ImageRef], embed: Any) -> list[str]:
-    return [embed(image) if isinstance(image, Path | bytes) else data_uri(image) for image in images]
+    return [embed(image) if isinstance(image, Path | bytes) else embedded(image) for image in images]

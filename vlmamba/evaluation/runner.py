@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ import torch
 
 from vlmamba.common.images import find_image
 from vlmamba.common.processes import Group
+from vlmamba.common.progress import progress_bar
 from vlmamba.errors import ConfigError, DataError, ImageError
 from vlmamba.evaluation.generation import (
     Question,
@@ -128,13 +127,16 @@ def evaluate(
         pending = [sample for sample in samples if sample.key not in done]
         mine = [sample for group in ranks.share(group_by_pictures(pending)) for sample in group]
         own = path if ranks.world_size == 1 else part_path(path, ranks.rank)
-        bar = _progress_bar(len(samples) - len(pending), len(mine), task.name, ranks, enabled=progress)
+        label = task.name if ranks.world_size == 1 else f"{task.name} (process 1 of {ranks.world_size})"
+        known = len(samples) - len(pending)
+        show = progress and ranks.is_main
+        bar = progress_bar(known + len(mine), label, "question", initial=known, enabled=show)
         with RecordFile(own) as file, bar:
             for answers in _ask(model, processor, task, mine, size):
                 file.append({**row, "metadata": {"settings": run_id, **row["metadata"]}} for row in answers)
                 bar.update(len(answers))
         ranks.barrier()
-        result = ranks.on_main(lambda: score_records(task, samples, merge()))
+        result = ranks.on_main(lambda: score_records(task, samples, merge(), path))
     result["counts"]["resumed"] = len(samples) - len(pending)
     settings = {
         **identity,
@@ -345,19 +347,3 @@ def model_fingerprint(model: Any) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _progress_bar(done: int, pending: int, label: str, ranks: Group, *, enabled: bool) -> Any:
-    """A tqdm bar with the time left; plain lines now and then where there is no terminal."""
-    from tqdm.auto import tqdm
-
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=done + pending,
-        initial=done,
-        desc=label if ranks.world_size == 1 else f"{label} (process 1 of {ranks.world_size})",
-        unit="question",
-        disable=not enabled or not ranks.is_main or os.environ.get("VLMAMBA_PROGRESS") == "0",
-        dynamic_ncols=interactive,
-        mininterval=0.5 if interactive else 30.0,
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import inspect
 import json
 from collections import Counter
@@ -20,13 +21,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from vlmamba.common.images import ImageRef, StoredImage
-from vlmamba.common.vocabulary import IMAGE_TOKEN
+from vlmamba.common.vocabulary import IMAGE_TOKEN, ImageRef, StoredImage
 from vlmamba.config import list_recipes, load_python_file
 from vlmamba.errors import ConfigError, DataError, MissingFileError
 from vlmamba.evaluation.records import Record
 from vlmamba.evaluation.scorers import Score, exact_match
-from vlmamba.registry import close_matches
+from vlmamba.registry import close_matches, outside
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,8 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
     Args:
         spec: A name or a path to a file. The name of a file in `folder` means its function ``task``; that of
             a variant (``textvqa_ocr``) the function of this name in the file it begins with (``textvqa.py``).
-            ``:function`` after a name or path means this function.
+            ``:function`` after a name or path means this function. Or ``package.module:function`` of your own,
+            annotated to return a `Task`.
         folder: Where tasks given by name live, under the current directory.
         **options: Passed to the function; those that are None are left to its defaults.
 
@@ -204,15 +205,19 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
         MissingFileError: A path was given and there is no such file.
     """
     name, _, function_name = spec.rpartition(":") if ":" in spec else (spec, "", "")
-    path, default = _resolve(name, Path(folder))
-    function_name = function_name or default
-    functions = _task_functions(load_python_file(path, "task"))
-    if function_name not in functions:
-        raise ConfigError(
-            f"{path} has no task {function_name!r}.{close_matches(function_name, list(functions))} It "
-            f"defines: {', '.join(functions) or 'no public function'}."
-        )
-    function = functions[function_name]
+    path: Path | str
+    if function_name and not _is_file(name) and name not in task_names(folder) and _is_module(name):
+        path, function = name, outside(spec, "task", Task)
+    else:
+        path, default = _resolve(name, Path(folder))
+        function_name = function_name or default
+        functions = _task_functions(load_python_file(path, "task"))
+        if function_name not in functions:
+            raise ConfigError(
+                f"{path} has no task {function_name!r}.{close_matches(function_name, list(functions))} It "
+                f"defines: {', '.join(functions) or 'no public function'}."
+            )
+        function = functions[function_name]
     known = list(inspect.signature(function).parameters)
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
@@ -245,10 +250,18 @@ def _variants(path: Path) -> list[str]:
     ]
 
 
+def _is_file(name: str) -> bool:
+    return Path(name).suffix == ".py" or len(Path(name).parts) > 1
+
+
+def _is_module(name: str) -> bool:
+    return "." in name or importlib.util.find_spec(name) is not None
+
+
 def _resolve(name: str, folder: Path) -> tuple[Path, str]:
     """File and function of a task's name."""
     path = Path(name)
-    if path.suffix == ".py" or len(path.parts) > 1:
+    if _is_file(name):
         if not path.is_file():
             raise MissingFileError(f"there is no task file {path} (looked in {Path.cwd()}).")
         return path, "task"

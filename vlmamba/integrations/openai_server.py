@@ -11,8 +11,6 @@ reading is done on the event loop. A client that goes away is forgotten at once,
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hmac
 import logging
 import threading
@@ -30,8 +28,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vlmamba.common.images import image_size
-from vlmamba.errors import ConfigError, DataError, VLMambaError
+from vlmamba.common.images import from_base64, image_size
+from vlmamba.errors import ConfigError, ImageError, VLMambaError
 from vlmamba.evaluation.generation import Question
 from vlmamba.evaluation.runner import out_of_memory_is_none
 from vlmamba.integrations.asking import Answerer, Completion, Request
@@ -230,18 +228,15 @@ def read_data_url(url: str, where: str) -> bytes:
     """The bytes of a picture in ``data:image/png;base64,...``.
 
     Raises:
-        DataError: It is no data URL, or its base64 is broken.
+        ImageError: It is no data URL, or its base64 is broken.
     """
     head, comma, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64") or not comma:
-        raise DataError(
+        raise ImageError(
             f"{where}: a picture must be a data URL (data:image/png;base64,...); this server loads nothing from "
             f"elsewhere, got {url[:60]!r}"
         )
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: the base64 of a picture is broken: {error}") from error
+    return from_base64(data, f"{where}: the base64 of a picture")
 
 
 class _Job:

@@ -37,7 +37,7 @@ def model_class() -> type:
     Raises:
         MissingDependencyError: VLMEvalKit is not installed.
     """
-    base = require("vlmeval.vlm.base", extra="eval", feature=FEATURE).BaseModel
+    base = require("vlmeval.vlm.base", extra=None, feature=FEATURE).BaseModel
     return type(
         "VLMamba", (_Plugin, base), {"INTERLEAVE": True, "INSTALL_REQ": False, "__module__": __name__}
     )
@@ -117,13 +117,13 @@ def _kind(dataset: str | None) -> str:
     """VLMEvalKit's type of a data set: MCQ, Y/N, VQA, ..."""
     if dataset is None:
         return ""
-    return str(require("vlmeval.dataset", extra="eval", feature=FEATURE).DATASET_TYPE(dataset))
+    return str(require("vlmeval.dataset", extra=None, feature=FEATURE).DATASET_TYPE(dataset))
 
 
 def register(name: str, checkpoint: str, **options: Any) -> None:
     """Put a checkpoint among VLMEvalKit's models, under a name of ours."""
-    config = require("vlmeval.config", extra="eval", feature=FEATURE)
-    models = require("vlmeval.vlm", extra="eval", feature=FEATURE)
+    config = require("vlmeval.config", extra=None, feature=FEATURE)
+    models = require("vlmeval.vlm", extra=None, feature=FEATURE)
     made = model_class()
     setattr(models, "VLMamba", made)  # noqa: B010 - a module of another package
     config.supported_VLM[name] = functools.partial(made, checkpoint=checkpoint, **options)

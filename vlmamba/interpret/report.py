@@ -5,23 +5,21 @@ Shapes: n images, H W patches, K answer tokens.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from vlmamba.common.images import image_size
-from vlmamba.evaluation.templating import template, write_page
 from vlmamba.interpret.answers import Answer
 from vlmamba.interpret.methods import check_method, explain, methods_of
 from vlmamba.interpret.overlay import overlay, patch_grid, png
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor
+from vlmamba.pages import data_address, write_page
 
 TOP = 5
 """Patches in the table of the strongest."""
@@ -139,7 +137,7 @@ def write_inspection(
                 "note": NOTES.get(one.method, "norm of what each visual token adds to this layer's output"),
                 "image": one.image,
                 "name": one.name,
-                "data": "data:image/png;base64," + base64.b64encode(data).decode("ascii"),
+                "data": data_address(data, "image/png"),
                 "top": [
                     {"row": r, "column": c, "share": f"{100 * share:.1f} %", "box": places.box(r, c, size)}
                     for r, c, share in one.top()
@@ -147,17 +145,15 @@ def write_inspection(
             }
         )
     (target / "maps.json").write_text(json.dumps(_raw(answer, maps, checkpoint)), encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    source = (Path(__file__).parent / "templates" / "inspect.html.jinja").read_text(encoding="utf-8")
-    style = template("style.css.jinja").render()
-    page = environment.from_string(source).render(
-        style=style,
+    return write_page(
+        target / "index.html",
+        "inspect",
+        title=answer.question,
         answer=answer,
         tokens=list(tokens.values()),
         checkpoint=checkpoint,
         several=len(answer.images) > 1,
     )
-    return write_page(target / "index.html", page)
 
 
 def _raw(answer: Answer, maps: Sequence[Map], checkpoint: str) -> dict[str, Any]:

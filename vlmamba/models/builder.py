@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from vlmamba.common.digests import check_folder
-from vlmamba.config import Config
+from vlmamba.config import Config, Later
 from vlmamba.errors import CheckpointError, MissingFileError
 from vlmamba.models.chat import load_template
 from vlmamba.models.configuration import VLMambaConfig
@@ -29,12 +29,14 @@ from vlmamba.models.language import (
     read_config,
 )
 from vlmamba.models.language.causality import check_causal
+from vlmamba.models.language.families import FAMILIES
 from vlmamba.models.language.loading import resolve_directory
 from vlmamba.models.language.weights import load_state_dict_file
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor, check_tokenizer
 from vlmamba.models.vision import build_vision_encoder, encoders, load_vision_encoder
 from vlmamba.models.vision.presets import preset_config
+from vlmamba.registry import is_admitted
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class VisionConfig(Config):
     """The encoder."""
 
     family: str
-    """Encoder family: siglip, siglip2, clip, dinov2, open_clip or fused."""
+    """Encoder family: siglip, siglip2, clip, dinov2, open_clip, fused, or package.module:Class."""
     path: str | tuple[str, ...]
     """Directory or hub id of the weights; for a fused encoder one "family=path" for each tower."""
     feature_layer: int = -2
@@ -61,23 +63,25 @@ class VisionConfig(Config):
     """Where to get the weights, shown when they are missing."""
 
     def __post_init__(self) -> None:
-        """Check the family's name."""
-        encoders.get(self.family)
+        """Check the family's name; that of a part from outside when it is built."""
+        if ":" not in self.family or is_admitted(self.family):
+            encoders.get(self.family)
 
 
 class ConnectorConfig(Config):
     """The connector."""
 
     name: str = "vss-l2"
-    """mlp, vss-mlp, vss-l2, qmamba, or a registered one."""
+    """mlp, vss-mlp, vss-l2, qmamba, or package.module:Class of your own."""
     options: dict[str, Any] = {}  # noqa: RUF012 - Config copies defaults
     """The connector's own options (scan, num_queries, depth, ...)."""
     init: dict[str, str] = {}  # noqa: RUF012
     """Parts that start from other weights: part name -> run, export or model directory ("pre", "layers")."""
 
     def __post_init__(self) -> None:
-        """Check name and options."""
-        check_options(self.name, CONNECTORS.get(self.name), self.options)
+        """Check name and options; those of a part from outside that may not be imported here when it is built."""
+        if ":" not in self.name or is_admitted(self.name):
+            check_options(self.name, CONNECTORS.get(self.name), self.options)
 
 
 class LanguageConfig(Config):
@@ -87,12 +91,19 @@ class LanguageConfig(Config):
     """Directory or hub id of the weights."""
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer; the model's own directory when left out."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    attention: Later[Literal["sdpa", "eager", "flash_attention_2"] | None] = None
     """How a language model with attention computes it; transformers' choice when left out."""
+    family: Later[str | None] = None
+    """package.module:function of a family of your own; chosen by the config's model_type when left out."""
     preset: str | None = None
     """Size of a published Mamba ("2.8b"), for a dry run without the weights."""
     hint: str = ""
     """Where to get the weights, shown when they are missing."""
+
+    def __post_init__(self) -> None:
+        """Import a family of the user's own that may be imported here; another one when it is built."""
+        if self.family is not None and is_admitted(self.family):
+            FAMILIES.get(self.family)
 
 
 class ImageConfig(Config):
@@ -142,7 +153,9 @@ def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, V
     attention = (
         {} if config.language.attention is None else {"attn_implementation": config.language.attention}
     )
-    language = load_language_model(config.language.path, torch.float32, **attention)
+    language = load_language_model(
+        config.language.path, torch.float32, family=config.language.family, **attention
+    )
     tokenizer = load_tokenizer(config.language.tokenizer or config.language.path)
     check_tokenizer(tokenizer, config.language.tokenizer or config.language.path)
     connector = build_connector(
@@ -241,7 +254,7 @@ def _meta_vision_config(config: VisionConfig) -> dict[str, Any]:
 
 def _meta_text_config(config: LanguageConfig) -> Any:
     try:
-        return read_config(resolve_directory(config.path, local_files_only=True))
+        return read_config(resolve_directory(config.path, local_files_only=True), config.family)
     except (MissingFileError, CheckpointError):
         if config.preset is None:
             raise

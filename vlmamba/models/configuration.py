@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlmamba.errors import ConfigError
+from vlmamba.models.language.families import FAMILIES, OWN_FAMILY
 
 
 class VLMambaConfig(PreTrainedConfig):
@@ -54,6 +55,8 @@ class VLMambaConfig(PreTrainedConfig):
                 raise ConfigError(
                     "text_config has no model_type: which language model it describes is not known"
                 )
+            if fields.get(OWN_FAMILY) is not None:
+                FAMILIES.get(fields[OWN_FAMILY])  # its module may register the type with transformers
             text_config = AutoConfig.for_model(model_type, **fields)
         self.text_config: Any = text_config
         self.image_token_id = image_token_id

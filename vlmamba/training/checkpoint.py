@@ -33,7 +33,7 @@ from torch import nn
 from vlmamba.common.digests import digests_of, fault, seal
 from vlmamba.common.files import read_json, replace_json, replace_text
 from vlmamba.common.processes import Group
-from vlmamba.config import Config, diff_configs
+from vlmamba.config import FREE, Config, diff_configs, marked
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
 from vlmamba.models.language.weights import load_state_dict_file, load_weights_only, save_tensors
 from vlmamba.training.sharded import Moments, check_names, cut_like, is_sharded, read_shards
@@ -47,29 +47,6 @@ OLD_RNG = "rng_ranks.pt"
 """Where the generators of several processes were before they were all in `RNG`."""
 SEAL = "sha256"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
-
-# What may differ between a run and its continuation: nothing that changes the result beyond rounding.
-FREE_KEYS = (
-    "output",
-    "log_every",
-    "save_every",
-    "save_async",
-    "keep_last",
-    "keep_every",
-    "loggers",
-    "data.num_workers",
-    "device",
-    "parallel",
-    "sharding",
-    "batch.micro_batch_size",
-    "batch.tokens_per_micro_batch",
-    "gradient_checkpointing",
-    "checkpoint_every_nth",
-    "compile",
-    "max_nonfinite_steps",
-    "stall_seconds",
-    "evaluations",
-)
 
 
 @dataclasses.dataclass
@@ -337,7 +314,10 @@ def check_same_config(saved: Config, given: Config, where: Path, *, force: bool 
     Raises:
         ConfigError: Lists every dotted key that differs.
     """
-    changes = [c for c in diff_configs(saved, given) if not _is_free(c.path)]
+    free = marked(type(given), FREE)
+    changes = [
+        c for c in diff_configs(saved, given) if not f"{c.path}.".startswith(tuple(f"{k}." for k in free))
+    ]
     if changes:
         listing = "\n".join(f"  {change}" for change in changes)
         if force:
@@ -349,10 +329,6 @@ def check_same_config(saved: Config, given: Config, where: Path, *, force: bool 
             f"{listing}\nUse the settings of {where} (vlmamba train {where} --resume), or another --output. "
             "--force goes on with the new ones all the same."
         )
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def check_same_rest(saved: RunState, *, frozen: str, total_steps: int, where: Path) -> None:

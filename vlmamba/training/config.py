@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from vlmamba.config import Config
+from vlmamba.config import Config, Free, Later
 from vlmamba.errors import ConfigError
 from vlmamba.models.builder import ModelConfig
 
@@ -61,7 +61,7 @@ class DataConfig(Config):
     pack_length: int | None = None
     """Pack samples one after another into rows of at most so many tokens, a multiple of 64, instead of padding
     them; a micro-batch is then one row. none: no packing."""
-    num_workers: int = 4
+    num_workers: Free[int] = 4
     """Processes that read and decode; 0 reads in the training process."""
     max_bad_fraction: float = 0.001
     """Share of samples that may be unusable (skipped and counted) before the run stops."""
@@ -103,12 +103,12 @@ class BatchConfig(Config):
 
     global_batch_size: int
     """Samples per optimizer step, over all processes."""
-    tokens_per_step: int | None = None
+    tokens_per_step: Later[int | None] = None
     """With data.pack_length, of which it is a multiple: a step is so many tokens in packed rows, equally many for every
     process, and as many samples as they hold; global_batch_size then has no say."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Free[int | None] = None
     """Samples per forward pass of one process; has no say when data.pack_length is set."""
-    tokens_per_micro_batch: int | None = None
+    tokens_per_micro_batch: Free[int | None] = None
     """Or: tokens per forward pass, padding included; has no say when data.pack_length is set."""
 
     @property
@@ -252,7 +252,7 @@ class ShardingConfig(Config):
 class TrainConfig(Config):
     """One run of one stage."""
 
-    output: str
+    output: Free[str]
     """Folder of the run: config, log, checkpoints, export."""
     model: ModelConfig
     """Encoder, connector, language model, chat template, image settings."""
@@ -274,44 +274,44 @@ class TrainConfig(Config):
     """Adapters on layers that do not train themselves; none: no adapters."""
     ema: float | None = None
     """Decay of a running mean of what trains, exported beside the weights (export_ema); none: no mean."""
-    evaluations: tuple[EvaluationConfig, ...] = ()
+    evaluations: Free[tuple[EvaluationConfig, ...]] = ()
     """Functions called now and then during training; their numbers go to eval.jsonl."""
     init_from: str | None = None
     """Run, checkpoint or export folder, or connector.safetensors, whose weights to start from."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast, frozen parts held in bf16, trained parts in fp32. fp32: everything in fp32."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Free[bool] = False
     """Recompute the language model's activations in the backward pass."""
-    checkpoint_every_nth: int = 1
+    checkpoint_every_nth: Free[int] = 1
     """With gradient_checkpointing: recompute every so manieth block only; 1 is all of them."""
-    compile: tuple[str, ...] = ()
+    compile: Free[tuple[str, ...]] = ()
     """Parts that torch.compile makes faster, on a GPU: vision_tower, multi_modal_projector."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm; none: no clipping."""
     seed: int = 42
     """Of initialisation, order and dropout."""
-    device: str = "auto"
+    device: Free[str] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    parallel: str = "auto"
+    parallel: Free[str] = "auto"
     """How several processes work together: ddp, fsdp2, zero2, zero3; single is one process. auto: single when
     one was started, else fsdp2."""
-    sharding: ShardingConfig = ShardingConfig()
+    sharding: Free[ShardingConfig] = ShardingConfig()
     """What fsdp2, zero2 and zero3 cut and where they keep it."""
-    log_every: int = 1
+    log_every: Free[int] = 1
     """Steps per log line."""
-    save_every: int = 500
+    save_every: Free[int] = 500
     """Steps per checkpoint; one is always written at the end. 0: at the end only."""
-    keep_last: int = 2
+    keep_last: Free[int] = 2
     """Checkpoints kept; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: Free[int] = 0
     """Besides them, keep those whose step is a multiple of this; 0: none."""
-    save_async: bool = False
+    save_async: Free[bool] = False
     """Go on training while a checkpoint is written; takes host memory for a copy of it."""
-    max_nonfinite_steps: int = 0
+    max_nonfinite_steps: Free[int] = 0
     """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
-    stall_seconds: float = 1800.0
+    stall_seconds: Free[float] = 1800.0
     """A step or checkpoint that takes longer is taken for hung: stacks are written down, the run ends. 0: off."""
-    loggers: tuple[str, ...] = ("tensorboard",)
+    loggers: Free[tuple[str, ...]] = ("tensorboard",)
     """Besides log.jsonl: tensorboard, wandb, trackio. The last two send data to their services."""
 
     def __post_init__(self) -> None:

@@ -21,12 +21,13 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vlmamba.common.processes import Group
+from vlmamba.common.progress import progress_bar
 from vlmamba.data import MODEL_KEYS, Step, StepLoader
 from vlmamba.errors import TrainingError
 from vlmamba.training.checkpoint import RunState
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.faults import NONFINITE_FILE, record_nonfinite
-from vlmamba.training.metrics import MetricLogger, Window, progress_bar
+from vlmamba.training.metrics import MetricLogger, Window
 from vlmamba.training.optim import current_lr, set_learning_rate
 from vlmamba.training.parallel import Parallel
 from vlmamba.training.parts import trainable_parameters
@@ -83,7 +84,8 @@ def train_loop(run: Training) -> Outcome:
     saved_at = state.step
     bad_known = run.loader.bad_samples.count
     outcome: Outcome = "finished"
-    bar_of = progress_bar(state.total_steps, state.step, enabled=run.parallel.is_main)
+    how: dict[str, Any] = {"initial": state.step, "enabled": run.parallel.is_main, "smoothing": 0.1}
+    bar_of = progress_bar(state.total_steps, "train", "step", **how)
     with worker_deaths(), logging_redirect_tqdm(), bar_of as bar:
         for step, waited in timed(steps(run.loader, state.total_steps - state.step)):
             loss, grad_norm = optimizer_step(run, step)

@@ -38,7 +38,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         ConfigError: A pattern matches no linear layer, or a layer trains itself or shares its weight.
         MissingDependencyError: peft is not installed.
     """
-    peft = require("peft", extra="lora", feature="lora")
+    peft = require("peft", extra="train", feature="lora")
     names = _layers(model, config)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     settings = peft.LoraConfig(

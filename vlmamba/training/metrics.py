@@ -1,10 +1,9 @@
-"""What a run reports: the numbers of a log line, where they are written, and the progress bar."""
+"""What a run reports: the numbers of a log line, and where they are written."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 import uuid
@@ -190,7 +189,7 @@ class _TrackerLogger(MetricLogger):
     module = ""
 
     def __init__(self, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
-        self._tracker: Any = require(self.module, extra="train", feature=f"the logger {self.module!r}")
+        self._tracker: Any = require(self.module, extra=self.module, feature=f"the logger {self.module!r}")
         options = self.identify(run_dir)
         self._tracker.init(project="vlmamba", config=dict(config), resume="allow", **options)
 
@@ -253,22 +252,3 @@ def open_loggers(
                 raise
             logger.warning("%s Going on with log.jsonl alone.", error)
     return loggers
-
-
-def progress_bar(total: int, initial: int, *, enabled: bool) -> Any:
-    """A tqdm bar over optimizer steps with the time left; plain lines now and then where there is no
-    terminal.
-    """
-    from tqdm.auto import tqdm
-
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=initial,
-        disable=not enabled or os.environ.get("VLMAMBA_PROGRESS") == "0",
-        unit="step",
-        desc="train",
-        dynamic_ncols=interactive,
-        mininterval=0.5 if interactive else 30.0,
-        smoothing=0.1,
-    )

@@ -69,7 +69,12 @@ def test_circular_scores_from_answers_and_sheets(files, tsv, load, score):
     task = load("mmbench", tsv)
     right = files.lines("a.jsonl", answer_rows(task))
     result = score("mmbench", right, tsv)
-    assert result["headline"] == {"name": "MMBench circular accuracy", "value": 100.0, "unit": "%"}
+    assert result["headline"] == {
+        "name": "MMBench circular accuracy",
+        "value": 100.0,
+        "unit": "%",
+        "formula": "share",
+    }
     always_b = score("mmbench", files.lines("b.jsonl", answer_rows(task, lambda s: "B")), tsv)
     assert always_b["headline"]["value"] == 0.0
     assert always_b["metrics"]["vanilla_main"]["correct"] == 2

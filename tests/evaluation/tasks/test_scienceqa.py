@@ -46,7 +46,12 @@ def test_official_problems(files, official, load, score):
     assert [s.question_id for s in load("scienceqa", official, split="train").samples] == ["5"]
     answers = files.lines("a.jsonl", [{"question_id": "4", "text": "B"}, {"question_id": "11", "text": "A"}])
     result = score("scienceqa", answers, official)
-    assert result["headline"] == {"name": "ScienceQA-IMG accuracy", "value": 100.0, "unit": "%"}
+    assert result["headline"] == {
+        "name": "ScienceQA-IMG accuracy",
+        "value": 100.0,
+        "unit": "%",
+        "formula": "share",
+    }
     assert result["metrics"]["official"]["acc"] == 50.0
     dotted = files.lines("b.jsonl", [{"question_id": "4", "text": "B."}])
     assert score("scienceqa_img", dotted, official)["headline"]["value"] == 0.0

@@ -6,8 +6,55 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from vlmamba.evaluation.scorers.ranking import BinaryCounts
+
 Z95 = 1.959963984540054
 """The 97.5 % point of the standard normal distribution."""
+
+
+def add(values: Iterable[float]) -> float:
+    """Sum from left to right, rounding at each step.
+
+    Official scripts add so. Python's own ``sum`` compensates from 3.12 on, and then differs in the last digit.
+    """
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def _split(sums: Sequence[float], size: int) -> list[Sequence[float]]:
+    return [sums[at : at + size] for at in range(0, len(sums), size)]
+
+
+def _share(sums: Sequence[float]) -> float | None:
+    splits = _split(sums, 2)
+    return 100 * add(right / n for right, n in splits) / len(splits) if all(n for _, n in splits) else None
+
+
+def _f1(sums: Sequence[float]) -> float:
+    splits = _split(sums, 4)
+    return 100 * add(BinaryCounts(*counts).f1 for counts in splits) / len(splits)
+
+
+def _points(sums: Sequence[float]) -> float | None:
+    subtasks = _split(sums, 3)
+    if not all(n for _, _, n in subtasks):
+        return None
+    return add(100 * right / (2 * n) + 100 * both / n for right, both, n in subtasks)
+
+
+FORMULAS: dict[str, Callable[[Sequence[float]], float | None]] = {
+    "share": _share,
+    "f1": _f1,
+    "points": _points,
+}
+"""From sums over questions to a headline in its unit, None where it is not defined.
+
+``share``: the mean over splits of 100 times the first of two sums over the second. ``f1``: the mean over splits of 100
+times the F1 of four counts (`BinaryCounts`). ``points``: MME's, from questions right, pictures with both right, and
+pictures of each subtask.
+"""
 
 
 class Headline(NamedTuple):
@@ -15,18 +62,22 @@ class Headline(NamedTuple):
 
     Attributes:
         rows: What each question adds to the sums; all of the same length.
-        value: From the sums to the headline, in its unit; None where it is not defined.
+        formula: Which of `FORMULAS` makes the headline of the sums.
     """
 
     rows: Sequence[Sequence[float]]
-    value: Callable[[Sequence[float]], float | None]
+    formula: str = "share"
+
+    def value(self) -> float | None:
+        """Of all questions."""
+        return FORMULAS[self.formula]([add(column) for column in zip(*self.rows, strict=True)])
 
     @classmethod
     def share(cls, credits_: Sequence[float], inside: Sequence[bool] | None = None) -> Headline:
         """Mean credit in percent, over all questions or those `inside`."""
         counted = [True] * len(credits_) if inside is None else inside
         rows = [(float(c), 1.0) if flag else (0.0, 0.0) for c, flag in zip(credits_, counted, strict=True)]
-        return cls(rows, lambda sums: 100 * sums[0] / sums[1] if sums[1] else None)
+        return cls(rows)
 
 
 class Score(NamedTuple):
@@ -68,17 +119,6 @@ def rate(correct: float, total: int) -> dict[str, Any]:
         "low": low,
         "high": high,
     }
-
-
-def add(values: Iterable[float]) -> float:
-    """Sum from left to right, rounding at each step.
-
-    Official scripts add so. Python's own ``sum`` compensates from 3.12 on, and then differs in the last digit.
-    """
-    total = 0.0
-    for value in values:
-        total += value
-    return total
 
 
 def rates(correct: Sequence[float], names: Sequence[Hashable]) -> dict[str, dict[str, Any]]:

@@ -113,11 +113,7 @@ def _mean_f1(
         row = [0.0] * (4 * len(first))
         row[first[name] : first[name] + 4] = _counts([(answer, label)], style)
         rows.append(row)
-
-    def value(sums: Sequence[float]) -> float:
-        return 100 * add(BinaryCounts(*sums[at : at + 4]).f1 for at in first.values()) / len(first)
-
-    return Headline(rows, value)
+    return Headline(rows, "f1")
 
 
 _PRINTED = {
@@ -218,16 +214,12 @@ def pope_likelihood(
 def _mean_accuracy(correct: Sequence[bool], names: Sequence[str]) -> Headline:
     """The mean accuracy from right and asked of each split."""
     splits = sorted(set(names))
-    rows = [
-        [float(flag) for split in splits for flag in (ok and name == split, name == split)]
-        for ok, name in zip(correct, names, strict=True)
-    ]
-
-    def value(sums: Sequence[float]) -> float | None:
-        shares = [right / asked for right, asked in zip(sums[::2], sums[1::2], strict=True) if asked]
-        return 100 * add(shares) / len(splits) if len(shares) == len(splits) else None
-
-    return Headline(rows, value)
+    return Headline(
+        [
+            [float(flag) for split in splits for flag in (ok and name == split, name == split)]
+            for ok, name in zip(correct, names, strict=True)
+        ]
+    )
 
 
 def _areas(rows: Sequence[tuple[float | None, str, bool]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 from vlmamba.evaluation.scorers.base import Headline, Score, rate
 from vlmamba.evaluation.scorers.checks import check_ids, check_lengths, check_numbers, check_one_of
-from vlmamba.evaluation.scorers.ranking import BinaryCounts, binary_counts
+from vlmamba.evaluation.scorers.ranking import binary_counts
 
 
 def sarcasm(
@@ -70,6 +70,6 @@ def sarcasm(
         "headline": {"name": "Sarcasm F1", "value": 100 * official["f1"], "unit": "%"},
     }
     rows = [binary_counts([d is True], [label]) for d, label in zip(decisions, labels, strict=True)]
-    headline = Headline(rows, lambda sums: 100 * BinaryCounts(*sums).f1)
+    headline = Headline(rows, "f1")
     read = [None if d is None else str(int(d)) for d in decisions]
     return Score(metrics, correct, 0, read, headline=headline)

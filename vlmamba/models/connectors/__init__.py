@@ -1,6 +1,7 @@
 """Connectors: patch features of an image to tokens of the language model.
 
-To add one, write a file with a `Connector` subclass and add its line here.
+A connector of your own is a `Connector` subclass in any module, named ``package.module:Class``; one that comes with
+vlmamba has its line here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 from vlmamba.models.connectors.base import Connector, check_options
 from vlmamba.registry import Registry
 
-CONNECTORS: Registry[type[Connector]] = Registry("connector")
+CONNECTORS: Registry[type[Connector]] = Registry("connector", Connector)
 CONNECTORS.add("mlp", "vlmamba.models.connectors.mlp:MLPConnector")
 CONNECTORS.add("vss-mlp", "vlmamba.models.connectors.vss:VSSMLPConnector")
 CONNECTORS.add("vss-l2", "vlmamba.models.connectors.vss:VSSL2Connector")
@@ -23,7 +24,7 @@ def build_connector(
     """Build a connector with fresh weights.
 
     Args:
-        name: "mlp", "vss-mlp", "vss-l2", "qmamba", or a name added to `CONNECTORS`.
+        name: "mlp", "vss-mlp", "vss-l2", "qmamba", or ``package.module:Class``.
         vision_dim: Width of the patch features.
         text_dim: Width of the language model's embeddings.
         grid: Rows and columns of patches.

@@ -3,8 +3,8 @@
 Shapes: B batch, L length, D model width, V vocabulary.
 
 A family is what language models of one kind can do exactly, and it says no to the rest. It is chosen by the config's
-`model_type`: the entry of that name in `FAMILIES`, else "attention" if all of the model's layers are attention. A new
-family is one file with a `FAMILY` object and one line below.
+`vlmamba_family` (``package.module:function`` of your own: config -> `LanguageFamily`), else by its `model_type`: the
+entry of that name in `FAMILIES`, else "attention" if all of the model's layers are attention, else "recurrent".
 """
 
 from __future__ import annotations
@@ -71,16 +71,22 @@ class LanguageFamily:
     continues: Verdict = True
 
 
-FAMILIES: Registry[Callable[[Any], LanguageFamily]] = Registry("language model family")
+OWN_FAMILY = "vlmamba_family"
+"""Field of a language model's config that names a family of the user's own."""
+
+FAMILIES: Registry[Callable[[Any], LanguageFamily]] = Registry("language model family", LanguageFamily)
 FAMILIES.add("mamba", "vlmamba.models.language.mamba:family")
 FAMILIES.add("attention", "vlmamba.models.language.attention:family")
 FAMILIES.add("recurrent", "vlmamba.models.language.recurrent:family")
 
 
 def language_family(config: Any) -> LanguageFamily:
-    """The family of a transformers config: the entry of its `model_type`, else that of its kind of layers."""
+    """The family of a transformers config: its own, else the entry of its `model_type` or of its kind of layers."""
     from vlmamba.models.language.attention import keeps_states
 
+    own = getattr(config, OWN_FAMILY, None)
+    if own is not None:
+        return FAMILIES.get(own)(config)
     if config.model_type in FAMILIES.names():
         return FAMILIES.get(config.model_type)(config)
     return FAMILIES.get("recurrent" if keeps_states(config) else "attention")(config)
@@ -107,13 +113,16 @@ def build_language_model(config: Any) -> Any:
     return _serving(config).build(config)
 
 
-def load_language_model(path: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> Any:
+def load_language_model(
+    path: str | Path, dtype: torch.dtype | str | None = None, *, family: str | None = None, **options: Any
+) -> Any:
     """A language model with its weights.
 
     Args:
         path: Local directory or hub id, in transformers' layout or the original state-spaces/mamba one; told
             apart by the content of config.json.
         dtype: Dtype of the weights; that of the checkpoint when not given.
+        family: ``package.module:function`` of a family of the user's own.
         **options: Further keyword arguments of `from_pretrained` (revision, local_files_only, ...).
 
     Raises:
@@ -124,7 +133,10 @@ def load_language_model(path: str | Path, dtype: torch.dtype | str | None = None
     from vlmamba.models.language.loading import model_options, read_config, resolve_directory
 
     directory = resolve_directory(path, **options)
-    return _serving(read_config(directory)).load(directory, dtype, **model_options(options))
+    model = _serving(read_config(directory, family)).load(directory, dtype, **model_options(options))
+    if family is not None:
+        setattr(model.config, OWN_FAMILY, family)
+    return model
 
 
 def run_language_model(

@@ -95,8 +95,10 @@ def read_config_dict(directory: str | Path) -> dict[str, Any]:
     return raw
 
 
-def read_config(directory: str | Path) -> Any:
-    """The transformers config of a language model's directory, of either layout.
+def read_config(directory: str | Path, family: str | None = None) -> Any:
+    """The transformers config of a language model's directory, of either layout, or of a family of the user's own.
+
+    The module of such a family may register its type with transformers.
 
     Raises:
         MissingFileError: There is no config.json.
@@ -104,6 +106,10 @@ def read_config(directory: str | Path) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    from vlmamba.models.language.families import FAMILIES, OWN_FAMILY
+
+    if family is not None:
+        FAMILIES.get(family)
     raw = read_config_dict(directory)
     where = str(Path(directory) / "config.json")
     if is_original_config(raw):
@@ -120,7 +126,10 @@ def read_config(directory: str | Path) -> Any:
             "checkpoint in the layout of a type that it has"
         )
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if family is not None:
+            setattr(config, OWN_FAMILY, family)
+        return config
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{where}: transformers cannot read it: {error}") from error
 
@@ -179,7 +188,8 @@ def load_strictly(auto_class: Any, path: str | Path, **options: Any) -> nn.Modul
         directory,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        **{"trust_remote_code": False, **kept},
+        trust_remote_code=False,
+        **kept,
     )
     loaded = model.state_dict()
     expected: dict[str, Any] = {name: loaded[name].shape for name in info["missing_keys"] if name in loaded}

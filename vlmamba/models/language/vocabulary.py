@@ -67,6 +67,6 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
             "tokenizer.json and tokenizer_config.json there, or name it as the tokenizer."
         )
     try:
-        return AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **options})
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: transformers cannot load a tokenizer from it: {error}") from error

@@ -1,6 +1,7 @@
 """Vision encoders: images to a grid of patch features.
 
-One family a file. A new family is one file with a `VisionEncoder` subclass and one line in the table below.
+One family a file. A family of your own is a `VisionEncoder` subclass in any module, named ``package.module:Class``,
+which is also its attribute `family`; one that comes with vlmamba has its line in the table below.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vlmamba.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-encoders: Registry[type[VisionEncoder]] = Registry("vision encoder")
+encoders: Registry[type[VisionEncoder]] = Registry("vision encoder", VisionEncoder)
 encoders.add("siglip", "vlmamba.models.vision.siglip:SiglipEncoder")
 encoders.add("siglip2", "vlmamba.models.vision.siglip2:Siglip2Encoder")
 encoders.add("clip", "vlmamba.models.vision.clip:ClipEncoder")
@@ -47,7 +48,17 @@ def build_vision_encoder(config: Mapping[str, Any]) -> VisionEncoder:
             f"a vision config needs 'family', one of {', '.join(encoders.names())}; got the keys "
             f"{sorted(config)}."
         )
-    return encoders.get(family).from_config(config)
+    return _family(family).from_config(config)
+
+
+def _family(name: str) -> type[VisionEncoder]:
+    found = encoders.get(name)
+    if ":" in name and found.family != name:
+        raise ConfigError(
+            f"vision encoder {name!r}: its attribute family is {found.family!r}; a checkpoint is rebuilt by it, so "
+            f"write family = {name!r} in the class."
+        )
+    return found
 
 
 def load_vision_encoder(
@@ -86,7 +97,7 @@ def load_vision_encoder(
         CheckpointError: The checkpoint is of another family or incomplete.
     """
     layer = -2 if feature_layer is None else feature_layer
-    return encoders.get(family).from_pretrained(path, Selection(layer, image_size, final_norm, dtype))
+    return _family(family).from_pretrained(path, Selection(layer, image_size, final_norm, dtype))
 
 
 __all__ = ["VisionEncoder", "build_vision_encoder", "encoders", "load_vision_encoder"]

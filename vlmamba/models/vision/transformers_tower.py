@@ -145,6 +145,7 @@ class TransformersEncoder(VisionEncoder):
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # told below, with the shapes
                     dtype=wanted.dtype or torch.float32,
+                    trust_remote_code=False,
                 )
         except OSError as error:
             raise MissingFileError(sources.missing(path, cls.family, str(error).splitlines()[0])) from error
