@@ -15,7 +15,7 @@ from typing import Any
 from vlmamba.common.vocabulary import ImageRef, StoredImage
 from vlmamba.data.conversation import OrphanTokens
 from vlmamba.data.sources import resolve_image_path, sample_of
-from vlmamba.data.types import RowError, Sample
+from vlmamba.data.types import RowError, Sample, row_errors
 from vlmamba.errors import DataError, ImageError, MissingFileError, require
 
 TEXT_COLUMNS = ("conversations", "messages")
@@ -24,12 +24,12 @@ OTHER_COLUMNS = ("id", "loss", "weight", "video", "videos", "audio", "audios")
 """What else of a row has a meaning (`vlmamba.data.conversation`)."""
 
 
-class HuggingFaceSource:
-    """A data set of the `datasets` library with random access.
+class _HuggingFace:
+    """A data set of the `datasets` library.
 
     Args:
         annotations: A name on the hub, a folder of ``save_to_disk``, a folder of parquet files, or a
-            `datasets.Dataset`.
+            `datasets.Dataset` (to be streamed, also an `IterableDataset`).
         image_root: Where image paths start from, when the table holds paths.
         name: A name for logs.
         split: Which split.
@@ -42,6 +42,8 @@ class HuggingFaceSource:
         DataError: It has no column of conversations, or several splits and not the one asked for.
     """
 
+    streaming = False
+
     def __init__(
         self,
         annotations: Any,
@@ -53,19 +55,40 @@ class HuggingFaceSource:
         orphan_tokens: OrphanTokens = "reject",
         hint: str = "",
     ) -> None:
-        dataset = _open(annotations, split, subset, hint, streaming=False)
-        self.name = name or _name(annotations)
+        dataset = _open(annotations, split, subset, hint, streaming=self.streaming)
+        of_files = isinstance(annotations, str | os.PathLike)
+        self.name = name or (Path(annotations).name if of_files else "dataset")
+        if dataset.column_names is None:
+            dataset = dataset._resolve_features()
         self.columns = _Columns(dataset.column_names, self.name, image_root)
         self.orphan_tokens: OrphanTokens = orphan_tokens
-        self._table = dataset.select_columns(self.columns.needed).with_format("arrow")
+        self._dataset = dataset.select_columns(self.columns.needed)
+
+    def _sample(self, values: Mapping[str, Any], images: list[ImageRef], row: int, where: str) -> Sample:
+        return sample_of(
+            self.columns.row(values),
+            images,
+            source=self.name,
+            number=row,
+            where=where,
+            orphan_tokens=self.orphan_tokens,
+        )
+
+
+class HuggingFaceSource(_HuggingFace):
+    """With random access."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._dataset = self._dataset.with_format("arrow")
 
     @property
     def fingerprint(self) -> str:
         """Changes when the data set, or how its rows are read, changes."""
-        return f"hf:{self._table._fingerprint}:{self.orphan_tokens}"
+        return f"hf:{self._dataset._fingerprint}:{self.orphan_tokens}"
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._dataset)
 
     def __getitem__(self, row: int) -> Sample:
         """Row number `row`.
@@ -75,25 +98,18 @@ class HuggingFaceSource:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
-        table = self._table[row]
+        table = self._dataset[row]
         where = f"{self.name}:row {row}"
         values = {key: table.column(key)[0].as_py() for key in self.columns.plain}
         columns = [table.column(key)[0] for key in self.columns.images]
         # Of the scalars of a table only lists have values, and structures keys.
         lists = [
-            list(cell) if hasattr(cell, "values") and not hasattr(cell, "keys") and cell.is_valid else [cell]
+            list(cell) if cell.is_valid and hasattr(cell, "values") and not hasattr(cell, "keys") else [cell]
             for cell in columns
         ]
         cells = self.columns.pictures([[cell for cell in cells if cell.is_valid] for cells in lists])
         images = [self._image(cell, f"image {n} of {where}", where) for n, cell in enumerate(cells)]
-        return sample_of(
-            self.columns.row(values),
-            images,
-            source=self.name,
-            number=row,
-            where=where,
-            orphan_tokens=self.orphan_tokens,
-        )
+        return self._sample(values, images, row, where)
 
     def _image(self, cell: Any, what: str, where: str) -> ImageRef:
         """A struct of bytes and path, or a path."""
@@ -104,33 +120,15 @@ class HuggingFaceSource:
         return self.columns.path(cell["path"].as_py() if "path" in cell else None, where)
 
 
-class HuggingFaceStream:
-    """A data set of the `datasets` library read from beginning to end, a shard (a file of it) at a time.
+class HuggingFaceStream(_HuggingFace):
+    """Read from beginning to end, a shard (a file of it) at a time."""
 
-    Args: as `HuggingFaceSource`; `annotations` may also be a `datasets.IterableDataset`.
-    """
+    streaming = True
 
-    def __init__(
-        self,
-        annotations: Any,
-        image_root: str | os.PathLike[str] | None = None,
-        *,
-        name: str | None = None,
-        split: str = "train",
-        subset: str | None = None,
-        orphan_tokens: OrphanTokens = "reject",
-        hint: str = "",
-    ) -> None:
-        dataset = _open(annotations, split, subset, hint, streaming=True)
-        self.name = name or _name(annotations)
-        names = dataset.column_names
-        if names is None:
-            dataset = dataset._resolve_features()
-            names = dataset.column_names
-        self.columns = _Columns(names, self.name, image_root)
-        self.orphan_tokens: OrphanTokens = orphan_tokens
-        self._dataset = dataset.select_columns(self.columns.needed).decode(False)
-        self.num_shards = int(dataset.num_shards)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._dataset = self._dataset.decode(False)
+        self.num_shards = int(self._dataset.num_shards)
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample | RowError]:
         """The rows of a shard from row `start` on; a row that cannot be used comes as its error."""
@@ -138,20 +136,15 @@ class HuggingFaceStream:
         for number, row in enumerate(rows.skip(start) if start else rows, start=start):
             where = f"{self.name}:shard {shard}, row {number}"
             try:
-                columns = [row.get(key) for key in self.columns.images]
-                lists = [value if isinstance(value, list) else [value] for value in columns]
-                values = self.columns.pictures([[v for v in some if v is not None] for some in lists])
-                images = [self._image(value, where) for value in values]
-                yield sample_of(
-                    self.columns.row(row),
-                    images,
-                    source=self.name,
-                    number=number,
-                    where=where,
-                    orphan_tokens=self.orphan_tokens,
-                )
+                with row_errors(where):
+                    columns = [row.get(key) for key in self.columns.images]
+                    lists = [value if isinstance(value, list) else [value] for value in columns]
+                    values = self.columns.pictures([[v for v in some if v is not None] for some in lists])
+                    sample = self._sample(row, [self._image(value, where) for value in values], number, where)
             except RowError as error:
                 yield error
+            else:
+                yield sample
 
     def count(self, shard: int) -> int:
         """The rows of a shard; images are not read."""
@@ -211,10 +204,6 @@ class _Columns:
             return resolve_image_path(self.image_root, value)
         except ImageError as error:
             raise RowError(str(error), where, kind="image") from error
-
-
-def _name(annotations: Any) -> str:
-    return Path(annotations).name if isinstance(annotations, str | os.PathLike) else "dataset"
 
 
 def _open(annotations: Any, split: str, subset: str | None, hint: str, *, streaming: bool) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -63,44 +64,120 @@ class Step:
         object.__setattr__(self, "events", dict(events))
 
 
-class StepLoader(Protocol):
-    """What the training loop sees of its data: `Loader`, or `vlmamba.data.stream.StreamLoader`.
+class StepLoader(ABC):
+    """Iterates over the optimizer steps of one epoch, from the current position to the end of the epoch.
 
-    Epoch and position count optimizer steps, which are the same on any number of ranks.
+    ``for step in loader`` goes on where the loader stands; after the last step the position is the start of the next
+    epoch. `state_dict`, taken while a step is being worked on, counts that step as done. Epoch and position count
+    optimizer steps, which are the same on any number of ranks. No global random state is used: neither workers nor
+    their number change what comes.
+
+    Attributes:
+        epoch, position: Where it stands.
+        bad_samples: The account of bad rows.
     """
 
-    epoch: int
-    position: int
-    bad_samples: BadSamples
+    differs = ("", "")
+    """What has changed since a checkpoint was made, and what to leave as it was, for that message."""
+
+    def __init__(self, bad_samples: BadSamples) -> None:
+        self.bad_samples = bad_samples
+        self.epoch = self.position = 0
+        self._loader: DataLoader[Batch] | None = None
 
     @property
     def num_rows(self) -> int | None:
         """Rows of the data, None when not known."""
-        ...
+        return None
 
-    def __len__(self) -> int: ...
+    @abstractmethod
+    def __len__(self) -> int:
+        """Steps of the current epoch, done ones included."""
 
-    def __iter__(self) -> Iterator[Step]: ...
+    @abstractmethod
+    def fingerprint_of(self, epoch: int) -> str:
+        """Equal for equal rows in equal steps."""
+
+    @abstractmethod
+    def _workers(self) -> DataLoader[Batch]:
+        """What gives the micro-batches from the current position on."""
+
+    @abstractmethod
+    def _count(self, step: int) -> int:
+        """Micro-batches of this rank in a step."""
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left of the current epoch.
+
+        Raises:
+            DataError: The budget of bad rows is used up, a row and all its replacements are bad, or a shard cannot be
+                read.
+        """
+        epoch, steps = self.epoch, len(self)
+        self._loader = self._workers()
+        batches = iter(self._loader)
+        for index in range(self.position, steps):
+            try:
+                micro_batches = [received(batches, self.bad_samples) for _ in range(self._count(index))]
+            except VLMambaError:
+                self.close()
+                raise
+            self.position = index + 1
+            yield Step(epoch, index, micro_batches)
+        self.epoch, self.position = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
-        ...
+        """Where the loader stands, and the account of bad rows."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "plan": self.fingerprint_of(self.epoch),
+            "bad_samples": self.bad_samples.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, on any number of ranks."""
-        ...
+        """Go on from a state, on any number of ranks that can share the steps.
+
+        Raises:
+            DataError: Rows, lengths, seed or the size of a step are not those of the state.
+        """
+        plan = self.fingerprint_of(int(state["epoch"]))
+        if plan != state["plan"]:
+            raise DataError(
+                f"{self.differs[0]} not what the checkpoint was made with: the plan of epoch {state['epoch']} is "
+                f"{plan} and was {state['plan']}. Use the same {self.differs[1]}; to train on other data, start from the "
+                "model's weights instead of resuming."
+            )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self.bad_samples.load_state_dict(state["bad_samples"])
 
     def close(self) -> None:
-        """Stop the workers."""
-        ...
+        """Stop the workers (they start again with the next iteration)."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None and self._loader is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
 
 
-class Loader:
-    """Iterates over the optimizer steps of one epoch, from the current position to the end of the epoch.
+def data_loader(
+    dataset: Dataset[Batch], *, seed: int, num_workers: int = 0, prefetch_factor: int = 4, **options: Any
+) -> DataLoader[Batch]:
+    """Torch's `DataLoader` of a data set of whole micro-batches, which its prefetch factor counts."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+        collate_fn=as_is,
+        worker_init_fn=set_up_worker,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
 
-    ``for step in loader`` goes on where the loader stands; after the last step the position is the start of
-    the next epoch. `state_dict`, taken while a step is being worked on, counts that step as done. No global
-    random state is used: neither workers nor their number change what comes.
+
+class Loader(StepLoader):
+    """The steps of a data set, planned ahead.
 
     Args:
         dataset: The data set.
@@ -109,9 +186,10 @@ class Loader:
             entered in the account at once.
         bad_samples: The account of bad rows (default: a new one with the default budget).
         rank, world_size: Which share of each step this process loads.
-        num_workers, prefetch_factor, pin_memory, persistent_workers, timeout: As for torch's DataLoader; the
-            prefetch factor counts micro-batches.
+        workers: See `data_loader`.
     """
+
+    differs = "the data is", "annotation files, weights, max_length, seed, grouping and step size"
 
     def __init__(
         self,
@@ -122,37 +200,20 @@ class Loader:
         bad_samples: BadSamples | None = None,
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
-        prefetch_factor: int = 4,
-        pin_memory: bool = False,
-        persistent_workers: bool = True,
-        timeout: float = 0.0,
+        **workers: Any,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} of {world_size} ranks")
+        super().__init__(bad_samples if bad_samples is not None else BadSamples(len(dataset)))
         self.dataset, self.settings, self.lengths = dataset, settings, lengths
         self.rank, self.world_size = rank, world_size
-        self.bad_samples = bad_samples if bad_samples is not None else BadSamples(len(dataset))
-        self.epoch = 0
-        self.position = 0
         self._plan: tuple[int, EpochPlan] | None = None
         if lengths is not None:
             dataset.use_lengths(lengths.lengths, lengths.num_images)
             self.bad_samples.add(lengths.problems(dataset))
         self._indices = _MicroBatchIndices(rank, world_size)
-        self._loader: DataLoader[Batch] = DataLoader(
-            _MicroBatches(dataset, settings),
-            batch_size=None,
-            sampler=self._indices,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            persistent_workers=persistent_workers and num_workers > 0,
-            timeout=timeout,
-            collate_fn=as_is,
-            worker_init_fn=set_up_worker,
-            generator=torch.Generator().manual_seed(settings.seed),
-        )
+        batches = _MicroBatches(dataset, settings)
+        self._loader = data_loader(batches, seed=settings.seed, sampler=self._indices, **workers)
 
     @property
     def plan(self) -> EpochPlan:
@@ -191,58 +252,17 @@ class Loader:
         """Steps of the current epoch, done ones included."""
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[Step]:
-        """The steps that are left of the current epoch.
+    def fingerprint_of(self, epoch: int) -> str:
+        """See `EpochPlan.fingerprint`."""
+        return self.plan_of(epoch).fingerprint
 
-        Raises:
-            DataError: The budget of bad rows is used up, or a row and all its replacements are bad.
-        """
-        epoch, plan = self.epoch, self.plan
-        self._indices.plan, self._indices.start = plan, self.position
-        batches = iter(self._loader)
-        for index in range(self.position, len(plan)):
-            count = len(plan.step(index, rank=self.rank, world_size=self.world_size))
-            try:
-                micro_batches = [received(batches, self.bad_samples) for _ in range(count)]
-            except VLMambaError:
-                self.close()
-                raise
-            self.position = index + 1
-            yield Step(epoch, index, micro_batches)
-        self.epoch, self.position = epoch + 1, 0
+    def _workers(self) -> DataLoader[Batch]:
+        self._indices.plan, self._indices.start = self.plan, self.position
+        assert self._loader is not None
+        return self._loader
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, and the account of bad rows."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "plan": self.plan.fingerprint,
-            "bad_samples": self.bad_samples.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, on any number of ranks.
-
-        Raises:
-            DataError: Rows, lengths, seed or the size of a step are not those of the state.
-        """
-        plan = self.plan_of(int(state["epoch"]))
-        if plan.fingerprint != state["plan"]:
-            raise DataError(
-                f"the data is not what the checkpoint was made with: the plan of epoch {state['epoch']} is "
-                f"{plan.fingerprint} and was {state['plan']}. Use the same annotation files, weights, "
-                "max_length, seed, grouping and step size; to train on other data, start from the model's "
-                "weights instead of resuming."
-            )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self.bad_samples.load_state_dict(state["bad_samples"])
-
-    def close(self) -> None:
-        """Stop the workers (they start again with the next iteration)."""
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
-            self._loader._iterator = None
+    def _count(self, step: int) -> int:
+        return len(self.plan.step(step, rank=self.rank, world_size=self.world_size))
 
 
 def received(batches: Iterator[Batch], account: BadSamples) -> Batch:

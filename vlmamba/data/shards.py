@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from vlmamba.common.images import MAX_BYTES
-from vlmamba.common.progress import progress_bar
 from vlmamba.common.vocabulary import StoredImage
 from vlmamba.data.cache import file_key, kept_table
 from vlmamba.data.conversation import OrphanTokens
@@ -73,37 +72,44 @@ def shard_names(pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     return [str(path)]
 
 
-class ShardSource:
-    """Tar shards on disk with random access.
+class _Shards:
+    """Tar shards.
 
     Args:
         annotations: See `shard_names`.
-        image_root: Not used; for the likeness to other sources.
         name: A name for logs.
         orphan_tokens: See `vlmamba.data.conversation.parse_row`.
         hint: Where the shards can be had, for the message when they are missing.
-        progress: Show a bar while members are looked for.
 
     Raises:
         MissingFileError: There is no such shard.
-        DataError: A shard is no tar file, is cut off, or is compressed.
     """
 
     def __init__(
         self,
         annotations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        image_root: str | os.PathLike[str] | None = None,
         *,
         name: str | None = None,
         orphan_tokens: OrphanTokens = "reject",
         hint: str = "",
-        progress: bool = False,
+        image_root: object = None,  # pictures are in the shards; for the likeness to other sources
     ) -> None:
-        self.shards = [Path(shard).absolute() for shard in _existing(annotations, hint)]
-        self.name = name or self.shards[0].parent.name
+        self.shards = _existing(annotations, hint)
+        self.name = name or Path(self.shards[0]).absolute().parent.name
         self.orphan_tokens: OrphanTokens = orphan_tokens
-        bar = progress_bar(self.shards, "finding the rows of shards", "shard", enabled=progress)
-        self._members = [_members(shard) for shard in bar]
+
+
+class ShardSource(_Shards):
+    """On disk, with random access; members are looked for once.
+
+    Raises:
+        DataError: A shard is no tar file, is cut off, or is compressed.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.paths = [Path(shard).absolute() for shard in self.shards]
+        self._members = [_members(path) for path in self.paths]
         counts = [int(table[-1, 0]) + 1 if len(table) else 0 for table in self._members]
         self._ends = np.cumsum(counts)
         self._first = [
@@ -113,7 +119,7 @@ class ShardSource:
     @property
     def fingerprint(self) -> str:
         """Changes when a shard, or how its rows are read, changes."""
-        return f"webdataset:{[file_key(shard) for shard in self.shards]}:{self.orphan_tokens}"
+        return f"webdataset:{[file_key(path) for path in self.paths]}:{self.orphan_tokens}"
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -129,7 +135,7 @@ class ShardSource:
         shard = int(np.searchsorted(self._ends, row, side="right"))
         local = row - (int(self._ends[shard - 1]) if shard else 0)
         first, last = self._first[shard][local : local + 2]
-        path = self.shards[shard]
+        path = self.paths[shard]
         key = _key_at(path, int(self._members[shard][first, 2]))
         members = [
             (_KINDS[kind], partial(_read, path, offset, size))
@@ -138,25 +144,13 @@ class ShardSource:
         return _sample(members, key, self.name, row, f"{path}:{key}", self.orphan_tokens)
 
 
-class ShardStream:
-    """Tar shards read from beginning to end; also compressed, and from addresses that `fsspec` reads.
+class ShardStream(_Shards):
+    """Read from beginning to end; also compressed, and from addresses that `fsspec` reads."""
 
-    Args: as `ShardSource`.
-    """
-
-    def __init__(
-        self,
-        annotations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        image_root: str | os.PathLike[str] | None = None,
-        *,
-        name: str | None = None,
-        orphan_tokens: OrphanTokens = "reject",
-        hint: str = "",
-    ) -> None:
-        self.shards = _existing(annotations, hint)
-        self.name = name or Path(self.shards[0]).parent.name
-        self.orphan_tokens: OrphanTokens = orphan_tokens
-        self.num_shards = len(self.shards)
+    @property
+    def num_shards(self) -> int:
+        """How many there are."""
+        return len(self.shards)
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample | RowError]:
         """The rows of a shard from row `start` on; a row that cannot be used comes as its error.

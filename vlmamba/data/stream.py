@@ -12,7 +12,7 @@ step. A row that cannot be used is left out and entered in the account.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -26,7 +26,7 @@ from vlmamba.data.collate import collate
 from vlmamba.data.dataset import bad_record
 from vlmamba.data.encode import SampleEncoder
 from vlmamba.data.ledger import BadSamples
-from vlmamba.data.loader import Step, as_is, received, set_up_worker
+from vlmamba.data.loader import StepLoader, data_loader
 from vlmamba.data.types import Batch, Item, RowError, Sample, Stream
 from vlmamba.errors import ConfigError, DataError, VLMambaError
 
@@ -138,8 +138,8 @@ class Lane:
                 )
 
 
-class StreamLoader:
-    """Optimizer steps of streams: the same face as `vlmamba.data.loader.Loader`.
+class StreamLoader(StepLoader):
+    """The steps of streams; those of the run count as one epoch.
 
     Args:
         streams: The sources.
@@ -148,9 +148,11 @@ class StreamLoader:
         weights: The share of rows each source has (default: equal).
         bad_samples: The account of rows that cannot be used.
         rank, world_size: Which share of each step this process loads.
-        num_workers, prefetch_factor, pin_memory: As for torch's DataLoader; workers share the rank's lanes, and no
-            more are started than can share them equally.
+        num_workers: At most so many processes share the rank's lanes; no more are started than can share them equally.
+        workers: See `vlmamba.data.loader.data_loader`.
     """
+
+    differs = "the streams are", "sources with the same shards, weights, seed, global batch and micro-batch"
 
     def __init__(
         self,
@@ -163,97 +165,34 @@ class StreamLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        prefetch_factor: int = 4,
-        pin_memory: bool = False,
+        **workers: Any,
     ) -> None:
         self.streams, self.encoder, self.settings = list(streams), encoder, settings
         self.weights = [1.0] * len(self.streams) if weights is None else list(weights)
         self.lanes = number_of_lanes(streams, settings, world_size)
         total = settings.steps * settings.step_samples
-        self.bad_samples = bad_samples if bad_samples is not None else BadSamples(total)
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.position = 0
-        mine = self.lanes // world_size
-        self.num_workers = max((n for n in range(1, num_workers + 1) if mine % n == 0), default=0)
-        self.prefetch_factor, self.pin_memory = prefetch_factor, pin_memory
-        self._iterator: Any = None
-
-    @property
-    def num_rows(self) -> int | None:
-        """Not known."""
-        return None
+        super().__init__(bad_samples if bad_samples is not None else BadSamples(total))
+        self.mine = range(rank, self.lanes, world_size)
+        self.num_workers = max((n for n in range(1, num_workers + 1) if len(self.mine) % n == 0), default=0)
+        self.workers = workers
 
     def __len__(self) -> int:
-        """Steps of the run, which counts as one epoch."""
+        """Steps of the run."""
         return self.settings.steps
 
-    def __iter__(self) -> Iterator[Step]:
-        """The steps that are left.
-
-        Raises:
-            DataError: A shard cannot be read, or the budget of bad rows is used up.
-        """
-        batches = _LaneBatches(self, range(self.rank, self.lanes, self.world_size), self.position)
-        loader: DataLoader[Batch] = DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            collate_fn=as_is,
-            worker_init_fn=set_up_worker,
-            generator=torch.Generator().manual_seed(self.settings.seed),
-        )
-        self._iterator = iter(loader)
-        for index in range(self.position, len(self)):
-            try:
-                micro_batches = [
-                    received(self._iterator, self.bad_samples)
-                    for _ in range(len(batches.lanes) * batches.pieces)
-                ]
-            except VLMambaError:
-                self.close()
-                raise
-            self.position = index + 1
-            yield Step(0, index, micro_batches)
-        self.epoch, self.position = 1, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, and the account of bad rows."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "plan": self.fingerprint,
-            "bad_samples": self.bad_samples.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, on any number of ranks that can share the lanes.
-
-        Raises:
-            DataError: Sources, weights or sizes are not those of the state.
-        """
-        if state["plan"] != self.fingerprint:
-            raise DataError(
-                f"the streams are not what the checkpoint was made with ({self.fingerprint}, and was "
-                f"{state['plan']}). Use the same sources with the same shards, weights, seed, global batch and "
-                "micro-batch; to train on other data, start from the model's weights instead of resuming."
-            )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self.bad_samples.load_state_dict(state["bad_samples"])
-
-    @property
-    def fingerprint(self) -> str:
+    def fingerprint_of(self, epoch: int) -> str:
         """Equal for equal rows in equal steps."""
         sources = [(s.name, s.num_shards, w) for s, w in zip(self.streams, self.weights, strict=True)]
         sizes = (self.settings.step_samples, self.settings.shuffle_block, self.settings.seed)
         return hashlib.sha256(repr((sources, sizes, self.lanes)).encode()).hexdigest()[:16]
 
-    def close(self) -> None:
-        """Stop the workers."""
-        if self._iterator is not None and self.num_workers:
-            self._iterator._shutdown_workers()
-        self._iterator = None
+    def _workers(self) -> DataLoader[Batch]:
+        batches = _LaneBatches(self, self.mine, self.position)
+        return data_loader(batches, seed=self.settings.seed, num_workers=self.num_workers, **self.workers)
+
+    def _count(self, step: int) -> int:
+        share = self.settings.step_samples // self.lanes
+        return len(self.mine) * -(-share // self.settings.micro_samples)
 
 
 class _LaneBatches(IterableDataset[Batch]):

@@ -129,17 +129,16 @@ def _keys(template: str) -> frozenset[str]:
     """What a template may look up in a message: names after a dot, in brackets, in calls (``message.get("name")``)."""
     tree = _environment().parse(template)
     names = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
-    for node in tree.find_all((jinja2.nodes.Getitem, jinja2.nodes.Call)):
-        for inner in [node.arg] if isinstance(node, jinja2.nodes.Getitem) else node.args:
-            if isinstance(inner, jinja2.nodes.Const) and isinstance(inner.value, str):
-                names.add(inner.value)
+    looked_up = [node.arg for node in tree.find_all(jinja2.nodes.Getitem)]
+    looked_up += [inner for node in tree.find_all(jinja2.nodes.Call) for inner in node.args]
+    names |= {n.value for n in looked_up if isinstance(n, jinja2.nodes.Const) and isinstance(n.value, str)}
     return frozenset(names - {"text", "type"})
 
 
 class _Undefined(jinja2.Undefined):
     """May be tested, as templates do (``{% if tools %}``), but neither written nor looped over."""
 
-    __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error  # type: ignore[assignment]
+    __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error
 
 
 @functools.lru_cache(maxsize=1)
