@@ -21,6 +21,7 @@ from vlmamba.data import (
     build_source,
     compute_lengths,
 )
+from vlmamba.data.checks import check
 from vlmamba.data.huggingface import HuggingFaceSource, HuggingFaceStream
 from vlmamba.errors import DataError, MissingFileError
 
@@ -184,3 +185,40 @@ def test_a_truncated_picture_in_a_table(processor: FakeProcessor) -> None:
     (record,) = loader.bad_samples.records.values()
     assert (record["id"], record["kind"]) == ("r5", "image")
     assert record["reason"].startswith("image 0 of hf:row 5 is c")
+
+
+@pytest.mark.parametrize("kind", [HuggingFaceSource, HuggingFaceStream])
+def test_columns_with_a_meaning_are_not_passed_over(kind: Any) -> None:
+    """Videos, losses, two columns of texts or pictures: as in files."""
+    text = datasets.Value("string")
+    turns = [{"from": text, "value": text, "loss": datasets.Value("bool")}]
+    features = {
+        "id": text, "image": datasets.Image(), "images": [datasets.Image()], "video": text,
+        "conversations": turns, "messages": [{"role": text, "content": text}],
+    }  # fmt: skip
+    empty = dict.fromkeys(features)
+    talk = [{"from": "human", "value": "q", "loss": None}, {"from": "gpt", "value": "a", "loss": None}]
+    seen = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+    rows = [
+        {**empty, "id": "good", "conversations": talk},
+        {**empty, "id": "film", "conversations": talk, "video": "v.mp4"},
+        {**empty, "id": "quiet", "conversations": [talk[0], {**talk[1], "loss": False}]},
+        {**empty, "id": "messages", "messages": seen, "images": [picture(3)], "conversations": None},
+        {**empty, "id": "both", "messages": seen, "image": picture(1), "images": [picture(3)]},
+    ]
+    dataset = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    if kind is HuggingFaceSource:
+        source = HuggingFaceSource(dataset)
+        found = {p.row: (p.kind, p.reason) for p in check(source).problems}
+        assert (found[1][0], found[2][0], found[4][0]) == ("video", "no_label", "shape")
+        assert "pictures under both" in found[4][1] and len(found) == 3
+        assert len(source[3].images) == 1
+        return
+    read = list(HuggingFaceStream(dataset.to_iterable_dataset()).read(0))
+    assert [r.kind if isinstance(r, RowError) else r.id for r in read] == [
+        "good",
+        "video",
+        "no_label",
+        "messages",
+        "shape",
+    ]

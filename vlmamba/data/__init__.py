@@ -8,9 +8,9 @@ imports models: the processor is handed in (`vlmamba.data.types.Processor`).
 
 from __future__ import annotations
 
-from vlmamba.data.checks import CheckReport, Problem, check, missing_folders, write_clean
+from vlmamba.data.checks import check, missing_folders, write_clean
 from vlmamba.data.collate import MODEL_KEYS, collate
-from vlmamba.data.conversation import Conversation, parse_row, place_images
+from vlmamba.data.conversation import parse_row, place_images
 from vlmamba.data.dataset import VLDataset
 from vlmamba.data.downloads import download_hint
 from vlmamba.data.encode import SampleEncoder
@@ -19,28 +19,22 @@ from vlmamba.data.lengths import LengthTable, compute_lengths
 from vlmamba.data.loader import Loader, Step, StepLoader, build_loader
 from vlmamba.data.mixture import Mixture
 from vlmamba.data.packing import PACK_MULTIPLE, pack
-from vlmamba.data.sampler import EpochPlan, PlanAccount, PlanSettings, plan_epoch
-from vlmamba.data.sources import SOURCES, LLaVASource, build_source, build_stream, resolve_image_path
+from vlmamba.data.sampler import EpochPlan, PlanSettings, plan_epoch
+from vlmamba.data.sources import LLaVASource, build_source, build_stream, resolve_image_path
 from vlmamba.data.stream import StreamLoader, StreamSettings
-from vlmamba.data.types import EVENTS, Encoded, Processor, RowError, Sample, Source, Stream
+from vlmamba.data.types import EVENTS, Processor, RowError, Sample, Source
 
 __all__ = [
     "EVENTS",
     "MODEL_KEYS",
     "PACK_MULTIPLE",
-    "SOURCES",
     "BadSamples",
-    "CheckReport",
-    "Conversation",
-    "Encoded",
     "EpochPlan",
     "LLaVASource",
     "LengthTable",
     "Loader",
     "Mixture",
-    "PlanAccount",
     "PlanSettings",
-    "Problem",
     "Processor",
     "RowError",
     "Sample",
@@ -48,7 +42,6 @@ __all__ = [
     "Source",
     "Step",
     "StepLoader",
-    "Stream",
     "StreamLoader",
     "StreamSettings",
     "VLDataset",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from vlmamba.common.vocabulary import IGNORE_INDEX
-from vlmamba.data.pixels import PixelBuffer, joined
+from vlmamba.data.pixels import PixelBuffer
 from vlmamba.data.types import Batch, Item
 
 MODEL_KEYS = ("input_ids", "labels", "seq_idx", "pixel_values")
@@ -51,7 +51,7 @@ def collate(
     batch = (_one_row if packed else _side_by_side)(items, lengths, width, pad_token_id)
     pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
     if pixels:
-        batch["pixel_values"] = buffer.whole() if buffer is not None and buffer.used else joined(pixels)
+        batch["pixel_values"] = buffer.whole() if buffer is not None and buffer.used else torch.cat(pixels)
     batch.update(_accounts(items, lengths, batch["labels"]))
     return batch
 

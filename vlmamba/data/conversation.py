@@ -86,8 +86,9 @@ def parse_row(row: object, *, orphan_tokens: OrphanTokens = "reject") -> Convers
     images = _image_names(row)
     turns = _read_turns(row, bool(images), orphan_tokens, events)
     images = _in_order_of_parts(turns, images)
-    while turns and _first_spoken(turns) is not None and turns[_index(turns)].role == "assistant":
-        del turns[_index(turns)]
+    first = int(turns[0].role == "system")
+    while len(turns) > first and turns[first].role == "assistant":
+        del turns[first]
         events.append("leading_gpt_dropped")
     turns = _merge(turns, events)
     _match_images(turns, images, events)
@@ -290,14 +291,6 @@ def _split(text: str) -> list[dict[str, Any]]:
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
-
-
-def _index(turns: list[_Turn]) -> int:
-    return 1 if turns[0].role == "system" else 0
-
-
-def _first_spoken(turns: list[_Turn]) -> _Turn | None:
-    return turns[_index(turns)] if len(turns) > _index(turns) else None
 
 
 def _merge(turns: list[_Turn], events: list[str]) -> list[_Turn]:

@@ -137,22 +137,12 @@ class SampleEncoder:
         """
         if not images:
             return None
-        opened = self.open_pictures(sample, images, events)
         prepare = self.processor.image_processor
+        turn = getattr(prepare, "exif_transpose", False)
+        opened = open_pictures(sample, images, events, exif_transpose=turn)
         with row_errors(sample.where, sample.id):
             placed = None if buffer is None else buffer.add(prepare, opened)
             return placed if placed is not None else torch.as_tensor(prepare(opened)["pixel_values"])
-
-    def open_pictures(
-        self, sample: Sample, images: Sequence[ImageRef], events: list[str]
-    ) -> list[Image.Image]:
-        """Pictures of a sample, turned as the image processor's setting says.
-
-        Raises:
-            RowError: One of them cannot be opened.
-        """
-        turn = getattr(self.processor.image_processor, "exif_transpose", False)
-        return open_pictures(sample, images, events, exif_transpose=turn)
 
     def _check(self, encoded: Encoded, images: Sequence[ImageRef], sample: Sample) -> None:
         if encoded.num_images != len(images):

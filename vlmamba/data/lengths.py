@@ -62,20 +62,6 @@ class LengthTable:
         rows = np.flatnonzero(self.status != USABLE)[:limit]
         return [record for row in rows if (record := dataset.problem(int(row))) is not None]
 
-    def summary(self) -> dict[str, Any]:
-        """Counts and means for logs and dry runs."""
-        usable = self.values[self.status == USABLE]
-        return {
-            "rows": len(self),
-            "usable": len(usable),
-            "bad": int((self.status == BAD).sum()),
-            "too_long": int((self.status == TOO_LONG).sum()),
-            "with_images": int((usable[:, 1] > 0).sum()),
-            "tokens": int(usable[:, 0].sum()),
-            "supervised": int(usable[:, 2].sum()),
-            "longest": int(usable[:, 0].max(initial=0)),
-        }
-
 
 def compute_lengths(
     dataset: VLDataset,

@@ -145,8 +145,8 @@ class StepLoader(ABC):
         if plan != state["plan"]:
             raise DataError(
                 f"{self.differs[0]} not what the checkpoint was made with: the plan of epoch {state['epoch']} is "
-                f"{plan} and was {state['plan']}. Use the same {self.differs[1]}; to train on other data, start from the "
-                "model's weights instead of resuming."
+                f"{plan} and was {state['plan']}. Use the same {self.differs[1]}; to train on other data, start from "
+                "the model's weights instead of resuming."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self.bad_samples.load_state_dict(state["bad_samples"])

@@ -60,22 +60,9 @@ class PixelBuffer:
         return self._memory[self.used : needed]
 
 
-def joined(pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copies of tensors of pictures, one after another: (n, C, S, S)."""
-    if get_worker_info() is None or len({(p.dtype, p.shape[1:]) for p in pixels}) > 1:
-        return torch.cat(list(pixels))
-    out = _shared((sum(len(p) for p in pixels), *pixels[0].shape[1:]), pixels[0].dtype)
-    return torch.cat(list(pixels), out=out)
-
-
 def _allocate(shape: tuple[int, ...]) -> torch.Tensor:
-    if get_worker_info() is not None:
-        return _shared(shape, torch.float32)
-    return torch.from_numpy(np.empty(shape, dtype=np.float32))  # numpy asks for large pages: fewer faults
-
-
-def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory that is handed to the main process as it is."""
-    like = torch.empty(0, dtype=dtype)
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=np.float32))  # numpy asks for large pages: fewer faults
+    like = torch.empty(0)
     storage = like._typed_storage()._new_shared(math.prod(shape), device="cpu")
     return like.new(storage).resize_(shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vlmamba.data.lengths import USABLE, LengthTable
+from vlmamba.data.lengths import BAD, TOO_LONG, USABLE, LengthTable
 from vlmamba.data.packing import PACK_MULTIPLE
 from vlmamba.data.sampler import Grouping, PlanSettings, plan_epoch
 from vlmamba.pages import render
@@ -110,16 +110,16 @@ def layouts(
 
 def stats_text(table: LengthTable, found: Sequence[Layout], *, title: str, ranks: int) -> str:
     """Histogram and table for a terminal."""
-    summary = table.summary()
-    lengths = table.lengths[table.status == USABLE]
+    usable = table.values[table.status == USABLE]
+    lengths, tokens, supervised = usable[:, 0], int(usable[:, 0].sum()), int(usable[:, 2].sum())
+    bad, long = ((table.status == status).sum() for status in (BAD, TOO_LONG))
     rows = histogram(lengths)
     top = max((count for _, _, count in rows), default=1) or 1
     lines = [
         title,
-        f"{summary['rows']:,} rows, {summary['usable']:,} usable ({summary['bad']:,} bad, {summary['too_long']:,} too "
-        f"long), {summary['with_images']:,} with images",
-        f"{summary['tokens']:,} tokens, {summary['supervised']:,} supervised "
-        f"({summary['supervised'] / max(summary['tokens'], 1):.1%}); a row: "
+        f"{len(table):,} rows, {len(usable):,} usable ({bad:,} bad, {long:,} too long), "
+        f"{(usable[:, 1] > 0).sum():,} with images",
+        f"{tokens:,} tokens, {supervised:,} supervised ({supervised / max(tokens, 1):.1%}); a row: "
         + ", ".join(f"{name} {value:,.0f}" for name, value in quantiles(lengths)),
         "",
         LENGTHS,
@@ -128,17 +128,14 @@ def stats_text(table: LengthTable, found: Sequence[Layout], *, title: str, ranks
         f"  {low:>6,} - {high - 1:<6,} {count:>9,}  {'#' * round(BAR * count / top)}"
         for low, high, count in rows
     ]
-    lines += ["", f"batches on {ranks} rank{'s' if ranks > 1 else ''}", _header()]
+    header = f"  {'':<52} {'padding':>8} {'idle':>8} {'encoder':>8} {'micro':>8} {'positions':>10}"
+    lines += ["", f"batches on {ranks} rank{'s' if ranks > 1 else ''}", header]
     lines += [
         f"  {layout.name:<52} {layout.padding:>8.1%} {layout.idle:>8.1%} {layout.image_idle:>8.1%} "
         f"{layout.micro_steps:>8.1f} {layout.positions:>10,.0f}"
         for layout in found
     ]
     return "\n".join(lines)
-
-
-def _header() -> str:
-    return f"  {'':<52} {'padding':>8} {'idle':>8} {'encoder':>8} {'micro':>8} {'positions':>10}"
 
 
 def quantiles(lengths: np.ndarray) -> list[tuple[str, float]]:

@@ -25,10 +25,10 @@ def samples_of_rows(
     """The samples (`seq_idx`) that rows are packed from, in whichever words they were told.
 
     Args:
-        position_ids: See `_of_positions`.
-        attention_mask: Likewise.
-        seq_idx: Likewise.
-        cache: Likewise.
+        position_ids: (B, L), or (1, L) for all rows.
+        attention_mask: (B, L); then positions must be those of its real tokens.
+        seq_idx: Given ones, which say it already.
+        cache: With one, positions go on and are not looked at.
         shape: (B, L) of the input.
         kwargs: Further arguments; FlashAttention's words (`FLASH_NAMES`) are taken out of them.
 
@@ -50,21 +50,7 @@ def _of_positions(
     cache: Any,
     shape: tuple[int, int],
 ) -> Tensor | None:
-    """The samples that positions tell of.
-
-    Args:
-        position_ids: (B, L), or (1, L) for all rows.
-        attention_mask: (B, L); then positions must be those of its real tokens.
-        seq_idx: Given ones, which say it already.
-        cache: With one, positions go on and are not looked at.
-        shape: (B, L) of the input.
-
-    Returns:
-        `seq_idx` (B, L), or None where every row is one sample.
-
-    Raises:
-        ShapeError: The positions have another shape, or are neither those of whole rows nor of packed samples.
-    """
+    """The samples that positions tell of, if they are neither those of whole rows nor of packed samples an error."""
     if position_ids is None or cache is not None:
         return seq_idx
     if position_ids.shape not in (shape, (1, shape[1])):
@@ -103,17 +89,7 @@ FLASH_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _check_boundaries(kwargs: dict[str, Any], seq_idx: Tensor | None, rows: int, length: int) -> None:
-    """Take FlashAttention's words out of keyword arguments; they must say what `seq_idx` says.
-
-    Args:
-        kwargs: What was passed; `FLASH_NAMES` are removed.
-        seq_idx: (B, L) samples as they were understood, None where every row is one sample.
-        rows: B.
-        length: L.
-
-    Raises:
-        ShapeError: They tell of other samples.
-    """
+    """Take FlashAttention's words (`FLASH_NAMES`) out of keyword arguments; they must say what `seq_idx` says."""
     given = {name: value for name in FLASH_NAMES if (value := kwargs.pop(name, None)) is not None}
     bounds = [value for name, value in given.items() if isinstance(value, Tensor) and value.dim() == 1]
     if not bounds:
