@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from vlmamba.training.files import check_files
 from vlmamba.training.flops import FlopCount, peak_flops
 from vlmamba.training.init_from import init_from
 from vlmamba.training.loop import Outcome, Training, train_loop, worker_deaths
-from vlmamba.training.metrics import MetricLogger, Window, open_loggers
+from vlmamba.training.metrics import Window, open_loggers
 from vlmamba.training.optim import build_optimizer
 from vlmamba.training.parallel import Parallel, make_parallel
 from vlmamba.training.parts import format_parts, parts_table, set_modes, set_trainable
@@ -173,11 +173,16 @@ def _guarded_loop(training: Training, model: nn.Module, run_dir: Path) -> Outcom
         in_background=config.save_async,
     )
     with (
-        _loggers(config, run_dir, parallel, training.state.step) as loggers,
+        ExitStack() as opened,
         stop_signals() as stop,
         Watch(config.stall_seconds, run_dir, parallel.rank) as watch,
     ):
-        training.save, training.loggers = saver.save, loggers
+        training.save = saver.save
+        if parallel.is_main:
+            how: dict[str, Any] = {"resume_step": training.state.step, "config": config.to_dict()}
+            training.loggers = open_loggers(config.loggers, run_dir, **how)
+        for each in training.loggers:
+            opened.callback(each.close)
         training.should_stop, training.alive = stop.is_set, watch.alive
         try:
             with worker_deaths():  # once more: torch may report one while the loop's own report is under way
@@ -348,17 +353,3 @@ def _open_run(
     replace_text(run_dir / CONFIG_FILE, dump_yaml(config))
     write_environment(run_dir / ENVIRONMENT_FILE, parallel.device, start_step=step or 0)
     return start
-
-
-@contextmanager
-def _loggers(
-    config: TrainConfig, run_dir: Path, parallel: Parallel, step: int
-) -> Iterator[list[MetricLogger]]:
-    loggers: list[MetricLogger] = []
-    if parallel.is_main:
-        loggers = open_loggers(config.loggers, run_dir, resume_step=step, config=config.to_dict())
-    try:
-        yield loggers
-    finally:
-        for each in loggers:
-            each.close()

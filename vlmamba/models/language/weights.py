@@ -139,6 +139,11 @@ def weight_files(directory: str | Path) -> list[Path]:
     )
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds weights that `weight_files` finds."""
+    return any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
+
+
 def load_state_dict_dir(directory: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a model directory (single file or shards), on CPU.
 
