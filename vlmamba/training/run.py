@@ -20,6 +20,7 @@ from vlmamba.config import dump_yaml, load_yaml
 from vlmamba.errors import CheckpointError
 from vlmamba.models.builder import build_model
 from vlmamba.models.language.causality import check_causal, check_packs
+from vlmamba.models.language.versions import recompute_activations
 from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import build_data, open_sources, total_steps
@@ -264,11 +265,7 @@ def set_trained_parts(model: Any, config: TrainConfig) -> None:
 
 def enable_checkpointing(language_model: Any, *, every_nth: int = 1) -> None:
     """Let a transformers model recompute the activations of every n-th layer in the backward pass."""
-    options = {"use_reentrant": False}
-    if hasattr(language_model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    recompute_activations(language_model)
     layers = [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every_nth == 0

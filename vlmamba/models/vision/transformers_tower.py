@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
+from vlmamba.models.language.versions import recompute_activations
 from vlmamba.models.vision import sources
 from vlmamba.models.vision.base import (
     COMMON_KEYS,
@@ -232,13 +233,7 @@ class TransformersEncoder(VisionEncoder):
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """See `VisionEncoder.set_gradient_checkpointing`."""
-        model: Any = self.model
-        if not enabled:
-            model.gradient_checkpointing_disable()
-        elif hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(self.model, enabled)
 
     def architecture(self) -> dict[str, Any]:
         """See `VisionEncoder.architecture`."""
