@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmamba.common.files import replace_text
 from vlmamba.errors import DataError, require
 from vlmamba.evaluation.layouts.files import Document, read_document
 from vlmamba.evaluation.records import Record
@@ -154,8 +155,7 @@ def log_odds(probability: float) -> list[float]:
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> Path:
     """Write JSON as Python's ``json.dump`` does, without a final newline: so the servers' files look."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+    replace_text(path, json.dumps(value, indent=indent))
     return path
 
 
