@@ -147,7 +147,7 @@ def write_inspection(
     (target / "maps.json").write_text(json.dumps(_raw(answer, maps, checkpoint)), encoding="utf-8")
     return write_page(
         target / "index.html",
-        "inspect",
+        "inspect.html",
         title=answer.question,
         answer=answer,
         tokens=list(tokens.values()),
