@@ -148,7 +148,7 @@ def write_inspection(
     replace_json(target / "maps.json", _raw(answer, maps, checkpoint), indent=None)
     return write_page(
         target / "index.html",
-        "inspect",
+        "inspect.html",
         title=answer.question,
         answer=answer,
         tokens=list(tokens.values()),
