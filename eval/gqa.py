@@ -69,7 +69,9 @@ def gqa_playground(
 ) -> Task:
     """The playground's scenes; ``python playground/make_data.py`` writes them."""
     task = _task("gqa_playground", "testdev_balanced", annotations, images)
-    return dataclasses.replace(task, description="GQA's layout: questions on the playground's scenes, exact match.")
+    return dataclasses.replace(
+        task, description="GQA's layout: questions on the playground's scenes, exact match."
+    )
 
 
 def _task(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmamba.errors import DataError, ImageError
+from vlmamba.errors import DataError, ImageError, require
 from vlmamba.evaluation import Sample, Score, Task, image_first
 from vlmamba.evaluation import layouts as lay
 from vlmamba.evaluation.scorers.mmbench import mmbench
@@ -302,12 +302,12 @@ def _submission(samples: Sequence[Sample], predictions: Sequence[str | None], pa
         if columns[0] == "index":
             cells[0] = sample.question_id
         rows.append([*cells[:6], text, *cells[6:]])
-    return lay.write_sheet(path, header, rows)
+    return _write_sheet(path, header, rows)
 
 
 def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
     """The server's sheet, or a TSV: columns index and prediction."""
-    records = lay.read_table_answers(path, "index", "prediction")
+    records = _read_table_answers(path, "index", "prediction")
     if records is None:
         return None
     bad = []
@@ -319,3 +319,25 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
     if bad:
         raise lay.strange_ids(path, bad, "have an index that is no number")
     return records
+
+
+def _read_table_answers(path: Path, id_key: str, text_key: str) -> list[Record] | None:
+    """Answers in a table (TSV, CSV, XLSX) with a column of ids and one of answers; None for other files."""
+    if path.suffix not in (".tsv", ".csv", ".xlsx"):
+        return None
+    document = lay.read_document(path)
+    if not document.has(id_key, text_key):
+        raise DataError(f"{path} lacks the column {id_key!r} or {text_key!r}: it holds {document.summary}")
+    return [lay.as_record(row[id_key], row[text_key]) for row in document.rows]
+
+
+def _write_sheet(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+    """Write an ``.xlsx`` with one sheet."""
+    openpyxl = require("openpyxl", extra="eval", feature=f"writing {path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    for row in (header, *rows):
+        sheet.append(list(row))
+    book.save(path)
+    return path

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +249,48 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> list[Record] | None:
                 f"{path} is in POPE's own layout, one file a split, but the data have {', '.join(splits)}: give a "
                 "folder with one answer file for each, or the label file of one split as annotations"
             )
-        records += lay.join_by_position(document, asked, "answer", question=_same_question)
+        records += _join_by_position(document, asked, "answer", question=_same_question)
     return records
 
 
 def _same_question(row: Any, sample: Sample) -> bool:
     given = row.get("question", sample.text)
     return isinstance(given, str) and sample.text in (given, lay.with_suffix(given))
+
+
+def _join_by_position(
+    document: lay.Document,
+    samples: Sequence[Sample],
+    text_key: str,
+    *,
+    question: Callable[[Any, Sample], bool],
+) -> list[Record]:
+    """Answers in the order of the questions, as some official scripts pair them.
+
+    Args:
+        document: The answers.
+        samples: The questions, in their order.
+        text_key: Key of the answer.
+        question: Whether a row may belong to a sample (its question is the same, or it has none).
+
+    Raises:
+        DataError: Other numbers, or a row that belongs to another question.
+    """
+    if len(document.rows) != len(samples):
+        raise DataError(
+            f"{document.path} has {len(document.rows)} answers for {len(samples)} questions; they are paired by "
+            "position, so that none may be left out (are they of the other release?)"
+        )
+    strange = [
+        at for at, (row, s) in enumerate(zip(document.rows, samples, strict=True)) if not question(row, s)
+    ]
+    if strange:
+        raise DataError(
+            f"{document.path}: {len(strange)} of {len(samples)} answers stand where another question is asked, "
+            f"such as {document.where(strange[0])}, where question {samples[strange[0]].question_id!r} is "
+            f"{samples[strange[0]].text!r} (are they of another release?)"
+        )
+    return [
+        lay.as_record(s.question_id, row[text_key], s.text)
+        for row, s in zip(document.rows, samples, strict=True)
+    ]

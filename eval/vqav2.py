@@ -12,7 +12,7 @@ nothing was asked; the server takes no file with fewer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def _read_official(
         if questions
         else answers
     )
-    lay.same_ids(benchmark, document.path, questions=asked, annotations=answers) if labels else None
+    _same_ids(benchmark, document.path, questions=asked, annotations=answers) if labels else None
     root = document.path.parent / subtype if images is None else Path(images)
     samples = []
     for key, row in asked.items():
@@ -247,3 +247,18 @@ def _all_of_test2015(folder: Path, given: dict[Any, str]) -> list[Any]:
         f"VQAv2's server takes only files that cover all of test2015, and the list of its questions is not there: "
         f"looked for {' and '.join(TEST)} in {folder}. Get it from {SOURCE}."
     )
+
+
+def _same_ids(benchmark: lay.Benchmark, path: str | Path, **tables: Mapping[Any, Any]) -> None:
+    """Two tables of a benchmark must be about the same questions.
+
+    Raises:
+        DataError: They are not; the message counts what is missing where and names the first.
+    """
+    (first, one), (second, other) = tables.items()
+    for name, given, wanted in ((first, one, other), (second, other, one)):
+        missing = [key for key in wanted if key not in given]
+        if missing:
+            raise lay.strange_ids(
+                path, missing, f"lack their {name} ({len(one)} {first}, {len(other)} {second})"
+            )

@@ -22,10 +22,10 @@ from vlmamba.config import (
     dump_yaml,
     field_infos,
     flatten,
-    list_recipes,
     load_recipe,
     load_yaml,
     marked,
+    names_in,
     parse_overrides,
 )
 from vlmamba.errors import ConfigError, MissingFileError
@@ -281,7 +281,7 @@ class TestRecipe:
             "connector: vss-l2-1 -> qmamba-1",
             "optim.lr: 0.1 -> 1e-05",
         }
-        assert by_path.function == "finetune" and list_recipes() == ["vl_tiny"]
+        assert by_path.function == "finetune" and names_in("train") == ["vl_tiny"]
 
     def test_default_function(self, clone: Path) -> None:
         assert load_recipe("vl_tiny", default="pretrain").config.seed == 1

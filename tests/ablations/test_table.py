@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmamba.ablations import Row, Table, load_table, table_names
+from vlmamba.ablations import Row, Table, load_table
 from vlmamba.ablations.graph import expand
+from vlmamba.config import names_in
 from vlmamba.errors import ConfigError, MissingFileError
 
 ROOT = Path(__file__).parents[2]
@@ -20,12 +21,12 @@ def make(**changes):
 
 
 def test_the_papers_eight_tables_and_ours_are_there():
-    assert table_names(ROOT / "eval" / "ablations") == sorted(
+    assert names_in(ROOT / "eval" / "ablations") == sorted(
         [*PLAYGROUND, "vl_mamba_encoders", "vl_mamba_language"]
     )
 
 
-@pytest.mark.parametrize("name", table_names(ROOT / "eval" / "ablations"))
+@pytest.mark.parametrize("name", names_in(ROOT / "eval" / "ablations"))
 def test_every_table_expands_under_its_own_recipe(name, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     table = load_table(name)

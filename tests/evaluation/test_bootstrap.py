@@ -34,7 +34,7 @@ def formula(score, path="overall.accuracy"):
     task = Task(
         "x", [Sample(at, (), "") for at in range(3)], score=lambda samples, answers: score, headline=path
     )
-    return score_records(task, task.samples, {})["headline"]["formula"]
+    return score_records(task, task.samples, {})["formula"]
 
 
 def pope(answers, style="official"):

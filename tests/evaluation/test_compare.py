@@ -14,7 +14,7 @@ from vlmamba.evaluation.cli import reload_task
 from vlmamba.evaluation.compare import compare_runs, format_comparison
 from vlmamba.evaluation.compare_page import write_comparison
 from vlmamba.evaluation.gallery import pick_answers
-from vlmamba.evaluation.records import RecordFile
+from vlmamba.evaluation.records import append_records
 from vlmamba.evaluation.scoring import read_credits, score_records
 from vlmamba.evaluation.task import Sample, StoredImage, Task, first_questions, load_task
 
@@ -57,8 +57,7 @@ def write_run(folder, tasks, answers, *, name="digits", **settings):
         for s, text in zip(task.samples, answers, strict=True)
         if text is not None
     }
-    with RecordFile(folder / "eval" / f"{task.name}.jsonl") as file:
-        file.append(records.values())
+    append_records(folder / "eval" / f"{task.name}.jsonl", records.values())
     path = folder / "eval/results.json"
     results = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
     results["tasks"][task.name] = {

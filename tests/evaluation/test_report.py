@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmamba.errors import DataError, MissingFileError
 from vlmamba.evaluation.gallery import Shown, Talk, Turn, common_suffix, pick_answers
-from vlmamba.evaluation.records import RecordFile
+from vlmamba.evaluation.records import append_records
 from vlmamba.evaluation.report import write_report
 from vlmamba.evaluation.scorers import rate
 from vlmamba.evaluation.scoring import score_records
@@ -180,16 +180,14 @@ def test_the_gallery_mixes_right_and_wrong_of_every_kind(task, tmp_path):
         {"question_id": s.question_id, "prompt": s.text, "text": "no" if s.question_id in wrong else s.answer}
         for s in samples
     ]
-    with RecordFile(tmp_path / "p.jsonl") as file:
-        file.append(rows)
+    append_records(tmp_path / "p.jsonl", rows)
     records = {(str(row["question_id"]), row["prompt"]): row for row in rows}
     score_records(task, samples, records, tmp_path / "p.jsonl")
     chosen = pick_answers(task, tmp_path / "p.jsonl", per_category=4, wrong=2)
     by_kind = {kind: [s.right for s in chosen if s.category == kind] for kind in ("colour", "count")}
     assert by_kind == {"colour": [False] * 4, "count": [False, True, True, True]}
     assert chosen == pick_answers(task, tmp_path / "p.jsonl", per_category=4, wrong=2)
-    with RecordFile(tmp_path / "q.jsonl") as file:
-        file.append([{"question_id": 99, "text": "x"}])
+    append_records(tmp_path / "q.jsonl", [{"question_id": 99, "text": "x"}])
     with pytest.raises(DataError, match="answers none of the questions of 'tiny'"):
         pick_answers(task, tmp_path / "q.jsonl")
 

@@ -81,14 +81,14 @@ def test_a_model_that_sees_its_answers_is_not_built(make_config, use_language, m
     config = make_config(use_language("llama"))
     model, processor = build_model(config.model)
     export_model(model, processor, tmp_path / "export")
-    join = builder._model_config
+    make = builder.VLMambaConfig
 
-    def blind(*parts):
-        made = join(*parts)
+    def blind(**parts):
+        made = make(**parts)
         made.text_config._attn_implementation = None
         return made
 
-    monkeypatch.setattr(builder, "_model_config", blind)
+    monkeypatch.setattr(builder, "VLMambaConfig", blind)
     with pytest.raises(ConfigError, match=r"'llama' sees what comes later: .*attn_implementation is None"):
         build_model(config.model)
 

@@ -430,6 +430,22 @@ def test_five_hundred_damages(folders: dict[str, Path], copy: Any) -> None:
     assert outcomes.count("error") > 300
 
 
+def test_every_flip_of_the_state_is_seen(copy: Any) -> None:
+    """JSON has no redundancy: a flipped digit of `step` is as good a number."""
+    checkpoint = copy("stopped") / "checkpoints/step-000002"
+    whole, wanted = (checkpoint / "state.json").read_bytes(), read_state(checkpoint)
+    draw, errors = random.Random(3), 0
+    for _ in range(400):
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        (checkpoint / "state.json").write_bytes(content)
+        try:
+            assert read_state(checkpoint) == wanted
+        except CheckpointError as error:
+            errors += "state.json" in str(error)
+    assert errors > 250  # the others changed a space
+
+
 def test_check_run_names_the_damage(copy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copy("finished")
     assert main(["check", "run", str(folder)]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from vlmamba.errors import BackendError
 from vlmamba.ssm.registry import get_backend, use_backend
 from vlmamba.ssm.spec import ScanCall, ScanSpec
 from vlmamba.testing import tiny_model
+from vlmamba.training import flops
 from vlmamba.training.flops import (
     PEAK_FLOPS,
     FlopCount,
@@ -126,7 +128,13 @@ def test_traced_forward_equals_a_counted_one(connector: str) -> None:
             scans += conv_flops(1, rows, mixer.intermediate_size, mixer.conv_kernel)
     traced = flops["images"] + flops["language"] + flops["loss"]
     assert traced == counter.get_total_flops() + scans
-    assert FlopCount.of(model) == FlopCount.of(model)
+    # Part by part on the meta device is what the whole step gives on shapes, here where everything trains.
+    whole = trace_step(model, StepShape(rows=1, length=256, images=1, supervised=2), precision="fp32").flops
+    assert FlopCount.of(model, length=256) == FlopCount(
+        (whole["language"] + whole["language backward"]) / 256,
+        (whole["loss"] + whole["loss backward"]) / 2,
+        whole["images"] + whole["images backward"],
+    )
 
 
 def test_recomputation_is_not_counted_in_model_flops() -> None:
@@ -162,3 +170,22 @@ def test_shapes_are_never_computed_with() -> None:
     assert backend.supports(ScanSpec()) == "it computes nothing; it is for planning"
     with pytest.raises(BackendError, match="'shapes' computes nothing and was given real tensors"):
         backend.scan(call)
+
+
+@pytest.mark.parametrize("connector", ["mlp", "qmamba"])
+def test_blocks_that_are_not_run_count_as_those_that_are(
+    connector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"depth": 6} if connector == "qmamba" else {}
+    model, _ = tiny_model(connector, **options)
+    model.language_model.backbone.layers.extend(
+        copy.deepcopy(model.language_model.backbone.layers[0]) for _ in range(5)
+    )
+    set_trainable(model, ["multi_modal_projector", "language_model"])
+    few = FlopCount.of(model)
+    monkeypatch.setattr(flops, "_counted", {})
+    monkeypatch.setattr(flops, "block_counts", lambda blocks, **_: (len(blocks), len(blocks)))
+    assert FlopCount.of(model) == few
+    monkeypatch.setattr(flops, "_counted", {})
+    set_trainable(model, ["multi_modal_projector", "language_model.backbone.layers.3"])
+    assert FlopCount.of(model).per_token < few.per_token

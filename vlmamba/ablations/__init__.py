@@ -3,6 +3,6 @@
 A table is a Python file in ``eval/ablations/`` whose function ``table(recipe)`` returns a `Table`.
 """
 
-from vlmamba.ablations.table import OFFICIAL, Row, Table, load_table, table_names
+from vlmamba.ablations.table import OFFICIAL, Row, Table, load_table
 
-__all__ = ["OFFICIAL", "Row", "Table", "load_table", "table_names"]
+__all__ = ["OFFICIAL", "Row", "Table", "load_table"]

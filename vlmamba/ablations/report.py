@@ -11,10 +11,10 @@ from typing import Any
 from vlmamba.ablations.collect import RowResult
 from vlmamba.ablations.execute import Store
 from vlmamba.ablations.graph import Graph
-from vlmamba.ablations.plots import Plot, draw_all
+from vlmamba.ablations.plots import draw_all
 from vlmamba.ablations.table import Table
 from vlmamba.ablations.tables import MARK, figure_text, state_text
-from vlmamba.common.files import replace_json, replace_text
+from vlmamba.common.files import replace_json
 from vlmamba.evaluation.tables import duration
 from vlmamba.pages import write_page
 from vlmamba.pages.charts import write_chart
@@ -54,30 +54,24 @@ def write_report(
     plots = draw_all(table, results)
     for plot in plots:
         write_chart(target / name / f"{plot.name}.svg", plot.svg)
-    sections = {
+    about = facts(table, results, graph, store, command)
+    found = {
+        "table": table,
+        "name": name,
+        "about": about,
+        "mark": MARK,
+        "costs_note": COSTS,
+        "problems": [(r.row.name, label, log, _tail(log)) for r in results for label, log in r.problems],
+        "plots": [{"label": "", "note": plot.caption, "svg": plot.svg, "file": plot.name} for plot in plots],
         "ours": ours(table, results),
         "costs": costs(results),
         "paper": papers(table, results),
         "order": order(table, results),
         "cells": cells(results, graph, store),
     }
-    about = facts(table, results, graph, store, command)
-    problems = [(r.row.name, label, log) for r in results for label, log in r.problems]
-    replace_text(target / f"{name}.md", _markdown(table, about, sections, plots, problems, name))
     replace_json(target / f"{name}.json", _figures(table, results, about), indent=1)
-    return write_page(
-        target / f"{name}.html",
-        "ablation",
-        title=table.title,
-        table=table,
-        about=about,
-        mark=MARK,
-        costs_note=COSTS,
-        problems=[(row, label, log, _tail(log)) for row, label, log in problems],
-        plots=[{"label": "", "note": plot.caption, "svg": plot.svg} for plot in plots],
-        cells_=sections.pop("cells"),
-        **sections,
-    )
+    write_page(target / f"{name}.md", "ablation.md", title=table.title, **found)
+    return write_page(target / f"{name}.html", "ablation.html", title=table.title, **found)
 
 
 def facts(
@@ -211,65 +205,6 @@ def _figures(table: Table, results: Sequence[RowResult], about: Sequence[tuple[s
             "problems": result.problems,
         })  # fmt: skip
     return {"title": table.title, "baseline": table.compared_with, "about": dict(about), "rows": rows}
-
-
-def _markdown(
-    table: Table,
-    about: Sequence[tuple[str, str]],
-    sections: dict[str, Any],
-    plots: Sequence[Plot],
-    problems: Sequence[tuple[str, str, str]],
-    name: str,
-) -> str:
-    lines = [
-        f"# {table.title}",
-        "",
-        table.question,
-        "",
-        "## Measured here",
-        "",
-        *_pipes(sections["ours"]),
-        "",
-    ]
-    lines += [_legend(table), "", *_pipes(sections["costs"]), "", COSTS, ""]
-    if problems:
-        lines += ["Failed:", "", *(f"- {row}: {label} (log: `{log}`)" for row, label, log in problems), ""]
-    if sections["paper"]:
-        lines += [
-            "## The paper's own figures",
-            "",
-            "On its models and data; nothing of this was measured here.",
-            "",
-        ]
-        lines += [*_pipes(sections["paper"]), ""]
-    if sections["order"]:
-        lines += ["## Order of the rows", "", *(f"- {line}" for line in sections["order"]), ""]
-    lines += ["## Plots", ""]
-    for plot in plots:
-        lines += [f"![{plot.caption}]({name}/{plot.name}.svg)", "", plot.caption, ""]
-    lines += ["## How it was run", "", *_pipes([["", ""], *([what, text] for what, text in about)]), ""]
-    lines += ["## Each cell", ""]
-    for cell in sections["cells"]:
-        starts = "".join(
-            f"; its {part} starts from the row {other!r}" for part, other in cell["starts"].items()
-        )
-        lines += [f"**{cell['row']}, seed {cell['seed']}**: model `{cell['model']}`{starts}", ""]
-        lines += [f"Commit {', '.join(cell['commits']) or 'unknown'}; {', '.join(cell['nodes'])}", ""]
-        lines += ["```", *cell["commands"], "```", ""]
-    return "\n".join(lines)
-
-
-def _legend(table: Table) -> str:
-    return (
-        "Mean over seeds ± half of its 95 % interval (seeds and questions; `vlmamba/ablations/statistics.py`). "
-        f"{MARK}: differs from “{table.compared_with}”, 95 % over all rows of the column (Holm)."
-    )
-
-
-def _pipes(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def _number(value: Any, form: str) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmamba.config import list_recipes, load_python_file
-from vlmamba.errors import ConfigError, MissingFileError
+from vlmamba.config.files import find_file, load_python_file
+from vlmamba.errors import ConfigError
 from vlmamba.evaluation.switches import SWITCHES
 from vlmamba.registry import close_matches
 
@@ -149,11 +149,6 @@ class Table:
         return list(dict.fromkeys(name for row in self.rows for name in row.paper))
 
 
-def table_names(folder: str | Path = FOLDER) -> list[str]:
-    """Names of the tables in a folder."""
-    return list_recipes(folder)
-
-
 def load_table(spec: str, recipe: str | None = None, *, folder: str | Path = FOLDER) -> Table:
     """Make a table from its file.
 
@@ -166,7 +161,7 @@ def load_table(spec: str, recipe: str | None = None, *, folder: str | Path = FOL
         ConfigError: There is no such table, or it has no rows for this recipe.
         MissingFileError: A path was given and there is no such file.
     """
-    path = _resolve(spec, Path(folder))
+    path = find_file(spec, folder, "table", "my/table.py")
     function = getattr(load_python_file(path, "ablation"), "table", None)
     if not inspect.isfunction(function):
         raise ConfigError(f"{path} defines no function table(recipe), hence no table")
@@ -174,22 +169,3 @@ def load_table(spec: str, recipe: str | None = None, *, folder: str | Path = FOL
     if not isinstance(table, Table):
         raise ConfigError(f"{path}:table returned {type(table).__name__}, not a vlmamba.ablations.Table")
     return table
-
-
-def table_name(spec: str) -> str:
-    """What a table's results are filed under."""
-    return Path(spec).stem
-
-
-def _resolve(spec: str, folder: Path) -> Path:
-    path = Path(spec)
-    if path.suffix == ".py" or len(path.parts) > 1:
-        if not path.is_file():
-            raise MissingFileError(f"there is no table file {path} (looked in {Path.cwd()}).")
-        return path
-    names = table_names(folder)
-    if spec not in names:
-        where = f"{folder}/ under {Path.cwd()}"
-        listing = f"Found in {where}: {', '.join(names)}." if names else f"There is no table in {where}."
-        raise ConfigError(f"unknown table {spec!r}.{close_matches(spec, names)} {listing}")
-    return folder / f"{spec}.py"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vlmamba.ablations.collect import Figure, RowResult
 from vlmamba.ablations.table import Table
-from vlmamba.evaluation.tables import duration, text_table
+from vlmamba.evaluation.tables import text_table
 
 MARK = "*"
 
@@ -54,8 +54,3 @@ def state_text(result: RowResult) -> str:
     if result.problems:
         return "failed"
     return f"{result.open} run(s) left" if result.open else "done"
-
-
-def total_seconds(seconds: Sequence[float]) -> str:
-    """A sum of times."""
-    return duration(sum(seconds))

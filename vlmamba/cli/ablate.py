@@ -10,9 +10,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmamba.ablations.table import FOLDER, Table, load_table, table_name, table_names
+from vlmamba.ablations.table import FOLDER, Table, load_table
 from vlmamba.cli.evaluate import add_switches, chosen_switches
 from vlmamba.common.processes import EXIT_STOPPED
+from vlmamba.config import names_in
 from vlmamba.config.overrides import parse_overrides
 from vlmamba.errors import ConfigError, VLMambaError
 
@@ -45,7 +46,7 @@ def _table(words: Sequence[str]) -> int:
     arguments, rest = _parser().parse_known_args(words)
     if arguments.table is None:
         print("tables in eval/ablations/:")
-        for name in table_names(arguments.folder):
+        for name in names_in(arguments.folder):
             table = load_table(name, folder=arguments.folder)
             print(f"  {name:26} {table.title} ({len(table.shown)} rows, recipe {table.recipe})")
         return 0
@@ -97,7 +98,7 @@ def _ablate(arguments: argparse.Namespace, table: Table, words: Sequence[str]) -
 
     target = Path(arguments.report) if arguments.report else store.root / "reports"
     command = shlex.join(["vlmamba", "ablate", *(word for word in words if word != "--report-only")])
-    name = table_name(arguments.table)
+    name = Path(arguments.table).stem
     page = write_report(table, results, graph, store, target, name=name, command=command)
     print(f"\nreport: {page}")
     if execution.stopped:

@@ -119,10 +119,9 @@ def _load(path: str, seed: int) -> Any:
     import torch
 
     from vlmamba.common.load import find_model, is_checkpoint, load_model
-    from vlmamba.errors import MissingFileError
     from vlmamba.models.language import build_language_model, load_language_model, read_config
     from vlmamba.models.language.loading import read_config_dict, resolve_directory
-    from vlmamba.models.language.weights import weight_files
+    from vlmamba.models.language.weights import has_weights
 
     if Path(path).name == "config.json" and Path(path).is_file():
         return _seeded(build_language_model, read_config(Path(path).parent), seed)
@@ -131,9 +130,7 @@ def _load(path: str, seed: int) -> Any:
         directory = find_model(directory)
     if is_checkpoint(directory) or read_config_dict(directory).get("model_type") == "vlmamba":
         return load_model(directory, dtype="float32")[0].language_model
-    try:
-        weight_files(directory)
-    except MissingFileError:
+    if not has_weights(directory):
         return _seeded(build_language_model, read_config(directory), seed)
     return load_language_model(directory, torch.float32)
 

@@ -23,7 +23,19 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--to", choices=TARGETS, default="transformers", help="layout to write (default: transformers)"
     )
+    parser.add_argument(
+        "--recipe", help="whose encoders and tokenizer make a whole model of a Cobra run: cobra:finetune"
+    )
     arguments = parser.parse_args(words)
+    if arguments.recipe is not None:
+        from vlmamba.checkpoints.assemble import assemble
+        from vlmamba.config import load_recipe
+        from vlmamba.training.export import export_model
+
+        target = new_directory(arguments.target)
+        model, processor = assemble(arguments.source, load_recipe(arguments.recipe).config.model)
+        print(f"{arguments.source} -> {export_model(model, processor, target)}")
+        return 0
     found = None if arguments.to != "transformers" else _checkpoint(Path(arguments.source))
     if found is not None:
         from vlmamba.training.run import export_checkpoint

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from vlmamba.config import load_recipe
-from vlmamba.training.plan import DEFAULT_MFU, FLAGS, GIB, Choice, Memory, Planner, PlanSettings
+from vlmamba.training.plan import DEFAULT_MFU, FLAGS, GIB, RESERVE, Choice, Memory, Planner, PlanSettings
 
 EXAMPLES = """examples:
   vlmamba plan train/vl_mamba.py:finetune --gpus 8 --memory 80
@@ -75,7 +75,7 @@ def _head(planner: Planner, origin: str) -> str:
     settings, shape = planner.settings, planner.shape(planner.micro)
     return "\n".join(
         [
-            f"{settings.gpus} x {settings.gpu}, {settings.memory:g} GiB each, of which {settings.reserve:.0%} are "
+            f"{settings.gpus} x {settings.gpu}, {settings.memory:g} GiB each, of which {RESERVE:.0%} are "
             "left free for fragmentation and libraries (an assumption)",
             f"micro-batch: {shape.rows} row(s) of {shape.length:,} tokens with {shape.images} image(s) of "
             f"{planner.visual} visual tokens, {shape.supervised:,} supervised; {planner.micro_steps(planner.micro)} "

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vlmamba.common.processes import EXIT_STOPPED, read_launch, spawn_asked
-from vlmamba.config import describe, dump_yaml, list_recipes, load_recipe
+from vlmamba.config import describe, dump_yaml, load_recipe, names_in
 from vlmamba.errors import VLMambaError
 from vlmamba.training.config import TrainConfig
 
@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
         print(describe(TrainConfig))
         return 0
     if arguments.recipe is None:
-        parser.error(f"name a recipe; in train/ there are: {', '.join(list_recipes()) or 'none'}")
+        parser.error(f"name a recipe; in train/ there are: {', '.join(names_in('train')) or 'none'}")
     recipe = load_recipe(arguments.recipe, overrides)
     if arguments.print_config:
         print(dump_yaml(recipe.config), end="")

@@ -68,6 +68,7 @@ def load_model(
         return model.requires_grad_(False).to(place).eval(), processor
     from vlmamba.models import VLMambaForConditionalGeneration, VLMambaProcessor
     from vlmamba.models.language.causality import check_causal
+    from vlmamba.models.language.weights import check_loaded
 
     check_folder(folder)
     with transformers_errors(folder):
@@ -75,14 +76,7 @@ def load_model(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
         processor = VLMambaProcessor.from_pretrained(folder, trust_remote_code=False)
-    problems = {
-        kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")
-    }
-    if any(problems.values()):
-        raise CheckpointError(
-            f"the weights in {folder} do not fit its config.json: "
-            + ", ".join(f"{kind} {keys[:5]}" for kind, keys in problems.items() if keys)
-        )
+    check_loaded(model, info, where=str(folder))
     check_causal(model.language_model)
     return model.to(place).eval(), processor
 

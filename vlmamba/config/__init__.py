@@ -18,9 +18,9 @@ from vlmamba.config.base import (
     load_yaml,
     marked,
 )
-from vlmamba.config.files import load_python_file
+from vlmamba.config.files import load_python_file, names_in
 from vlmamba.config.overrides import apply_overrides, parse_overrides
-from vlmamba.config.recipe import Recipe, list_recipes, load_recipe, recipe_functions
+from vlmamba.config.recipe import Recipe, load_recipe, recipe_functions
 
 __all__ = [
     "FREE",
@@ -37,11 +37,11 @@ __all__ = [
     "field_docs",
     "field_infos",
     "flatten",
-    "list_recipes",
     "load_python_file",
     "load_recipe",
     "load_yaml",
     "marked",
+    "names_in",
     "parse_overrides",
     "recipe_functions",
 ]

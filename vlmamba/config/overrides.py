@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 from vlmamba.config.base import Change, Config, diff_configs
 from vlmamba.config.values import from_plain, from_text, is_union, type_name
 from vlmamba.errors import ConfigError
-from vlmamba.registry import close_matches
 
 C = TypeVar("C", bound=Config)
 
@@ -121,8 +120,7 @@ def _apply_to_config(config: Config, tree: dict[str, Any], path: str) -> Config:
     changes: dict[str, Any] = {}
     for name, subtree in tree.items():
         dotted = f"{path}.{name}" if path else name
-        if name not in annotations:
-            raise _unknown_key(config, dotted, name)
+        type(config)._require_field(name, path)
         changes[name] = _apply_tree(getattr(config, name), annotations[name], subtree, dotted)
     return config.replace(**changes)
 
@@ -144,11 +142,3 @@ def _apply_to_tuple(
         inner = arguments[0] if arguments[-1] is Ellipsis else arguments[index]
         changed[index] = _apply_tree(value[index], inner, subtree, f"{path}.{key}")
     return tuple(changed)
-
-
-def _unknown_key(config: Config, dotted: str, name: str) -> ConfigError:
-    known = list(config.field_types())
-    return ConfigError(
-        f"unknown key {dotted!r}: {type(config).__name__} has no field {name!r}."
-        f"{close_matches(name, known)} Known: {', '.join(known)}."
-    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from vlmamba.config.base import Change, Config, diff_configs, load_yaml
-from vlmamba.config.files import load_python_file
+from vlmamba.config.files import find_file, load_python_file
 from vlmamba.config.overrides import apply_overrides, parse_overrides
 from vlmamba.config.values import from_text, is_config
 from vlmamba.errors import ConfigError, MissingFileError
@@ -78,25 +78,12 @@ def _split_spec(spec: str) -> tuple[str, str | None]:
 
 def _resolve(name: str, folder: Path) -> Path:
     path = Path(name)
-    if path.suffix in (".py", ".yaml", ".yml") or len(path.parts) > 1:
-        candidate = path / "config.yaml" if (path / "config.yaml").is_file() else path
-        if not candidate.is_file():
-            raise MissingFileError(f"there is no recipe file {candidate} (looked in {Path.cwd()}).")
-        return candidate
-    found = list_recipes(folder)
-    if name not in found:
-        where = f"{folder}/ under {Path.cwd()}"
-        listing = f"Found in {where}: {', '.join(found)}." if found else f"There is no recipe in {where}."
-        raise ConfigError(
-            f"unknown recipe {name!r}.{close_matches(name, found)} {listing} "
-            "A path such as my/recipe.py:finetune works too."
-        )
-    return folder / f"{name}.py"
-
-
-def list_recipes(folder: str | Path = "train") -> list[str]:
-    """Names of the recipe files in a folder."""
-    return sorted(p.stem for p in Path(folder).glob("*.py") if not p.stem.startswith("_"))
+    if path.suffix in (".yaml", ".yml") or (path / "config.yaml").is_file():
+        file = path if path.suffix else path / "config.yaml"
+        if not file.is_file():
+            raise MissingFileError(f"there is no recipe file {file} (looked in {Path.cwd()}).")
+        return file
+    return find_file(name, folder, "recipe", "my/recipe.py:finetune")
 
 
 def recipe_functions(path: str | Path) -> dict[str, Callable[..., Any]]:

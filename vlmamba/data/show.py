@@ -87,7 +87,7 @@ def _marked(piece: Piece, color: bool) -> str:
 def as_html(samples: Sequence[Shown], *, title: str) -> str:
     """A page of its own, pictures included."""
     return render(
-        "samples",
+        "samples.html",
         title=title,
         samples=[{**vars(shown), "pictures": [_picture(ref) for ref in shown.images]} for shown in samples],
     )

@@ -153,7 +153,7 @@ def quantiles(lengths: np.ndarray) -> list[tuple[str, float]]:
 def stats_html(table: LengthTable, text: str, *, title: str) -> str:
     """A page of its own with the histogram as a picture."""
     shown = {"label": "", "note": LENGTHS, "svg": stats_chart(table)}
-    return render("stats", title=title, chart=shown, text=text)
+    return render("stats.html", title=title, chart=shown, text=text)
 
 
 def stats_chart(table: LengthTable) -> str:

@@ -222,14 +222,11 @@ class _Answers(NamedTuple):
 
     def headline(self, keys: Sequence[tuple[str, str]]) -> float | None:
         """Of some of the questions; None where it is no function of sums over them."""
-        stated = self.result["headline"]
         if len(keys) == len(self.credits_):
-            return stated["value"]
-        return (
-            Headline([self.credits_[key].adds for key in keys], stated["formula"]).value()
-            if stated["formula"]
-            else None
-        )
+            value: float | None = self.result["headline"]["value"]
+            return value
+        formula = self.result["formula"]
+        return Headline([self.credits_[key].adds for key in keys], formula).value() if formula else None
 
 
 def _compare(
@@ -247,8 +244,8 @@ def _compare(
             if pair[0].category:
                 kinds.setdefault(pair[0].category, []).append(pair)
         rows = [_row(kind, kinds[kind], seed) for kind in ("overall", *sorted(kinds.keys() - {"overall"}))]
-    main, formula = first.result["headline"], first.result["headline"]["formula"]
-    if formula is not None and formula == other.result["headline"]["formula"]:
+    main, formula = first.result["headline"], first.result["formula"]
+    if formula is not None and formula == other.result["formula"]:
         adds = [[credit.adds for credit in run] for run in zip(*pairs, strict=True)]
         interval = difference_interval(
             adds[0], adds[1], formula, [credit.group for credit, _ in pairs], seed=seed

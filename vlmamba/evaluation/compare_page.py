@@ -34,7 +34,7 @@ def write_comparison(path: str | Path, comparison: Comparison, *, flips: int = 4
     """
     return write_page(
         path,
-        "compare",
+        "compare.html",
         title=f"{', '.join(comparison.runs[1:])} against {comparison.runs[0]}",
         left_out=comparison.left_out,
         tasks=[_task(task, flips, seed) for task in comparison.tasks],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.errors import ConfigError, DataError, MissingFileError
-from vlmamba.evaluation.layouts.files import read_document
+from vlmamba.evaluation.layouts import read_document
 from vlmamba.evaluation.records import Record, read_records, record_key
 from vlmamba.evaluation.scoring import given_answers, score_records
 from vlmamba.evaluation.task import Task, load_task

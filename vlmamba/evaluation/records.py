@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from vlmamba.common.files import locked, replace_text, write_errors
+from vlmamba.common.files import append_text, locked, replace_text, write_errors
 from vlmamba.errors import DataError, MissingFileError
 
 Record = dict[str, Any]
@@ -131,62 +129,27 @@ def _scan(file: Path) -> Iterator[tuple[Record, int]]:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
         return None
     return record
 
 
-class RecordFile:
-    """An answer file that is continued: opened, its whole lines read, a cut last line removed.
-
-    Args:
-        path: The file; its folder is made when needed.
-
-    Attributes:
-        records: The lines that were there.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.records: list[Record] = []
-        self._file = self.path.open("ab")
-        end = 0
-        try:
-            for record, after in _scan(self.path):
-                self.records.append(record)
-                end = after
-            self._file.truncate(end)
-            if end and not _ends_line(self.path):
-                self._file.write(b"\n")
-                self._file.flush()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines; when this returns they are on the disk."""
-        with write_errors(self.path):
-            self._file.write("".join(map(_line, records)).encode("ascii"))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> RecordFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def mend_records(path: Path) -> list[Record]:
+    """The whole lines of an answer file that is to be continued; a cut last line is removed."""
+    if not path.is_file():
+        return []
+    found = list(_scan(path))
+    end = found[-1][1] if found else 0
+    with write_errors(path), path.open("r+b") as file:
+        file.truncate(end)
+        file.seek(max(0, end - 1))
+        if end and file.read() != b"\n":
+            file.write(b"\n")
+    return [record for record, _ in found]
 
 
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to an answer file; when this returns they are on the disk."""
+    append_text(path, "".join(map(_line, records)), sync=True)

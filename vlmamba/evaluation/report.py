@@ -98,7 +98,7 @@ def write_report(
     suffix = common_suffix([s.question for s in samples])
     return write_page(
         path,
-        "report",
+        "report.html",
         title=title,
         subtitle=subtitle,
         tiles=_tiles(logs, found),

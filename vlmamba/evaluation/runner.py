@@ -35,8 +35,9 @@ from vlmamba.evaluation.generation import (
 from vlmamba.evaluation.likelihood import OptionScore, encode_options, score_options
 from vlmamba.evaluation.records import (
     Record,
-    RecordFile,
+    append_records,
     lock_answers,
+    mend_records,
     merge_parts,
     part_path,
 )
@@ -131,9 +132,11 @@ def evaluate(
         known = len(samples) - len(pending)
         show = progress and ranks.is_main
         bar = progress_bar(known + len(mine), label, "question", initial=known, enabled=show)
-        with RecordFile(own) as file, bar:
+        mend_records(own)
+        with bar:
             for answers in _ask(model, processor, task, mine, size):
-                file.append({**row, "metadata": {"settings": run_id, **row["metadata"]}} for row in answers)
+                rows = ({**row, "metadata": {"settings": run_id, **row["metadata"]}} for row in answers)
+                append_records(own, rows)
                 bar.update(len(answers))
         ranks.barrier()
         result = ranks.on_main(lambda: score_records(task, samples, merge(), path))

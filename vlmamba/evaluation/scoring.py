@@ -64,9 +64,9 @@ def score_records(
         answers: Their file, to write what each question earned beside.
 
     Returns:
-        ``{"task", "headline", "metrics", "counts", "references", "task_settings"}``. The headline is
-        ``{"name", "value", "unit", "formula"}``, its value None where it cannot be had, its formula None where it is
-        no function of sums over questions; counts are asked, answered, missing, unparsable and cut (ended by the
+        ``{"task", "headline", "formula", "metrics", "counts", "references", "task_settings"}``. The headline is
+        ``{"name", "value", "unit"}``, its value None where it cannot be had; the formula makes it of sums over
+        questions, None where it is no such function; counts are asked, answered, missing, unparsable and cut (by the
         limit on new tokens); references are published figures in the headline's unit.
     """
     score = score_answers(task, samples, records)
@@ -74,7 +74,6 @@ def score_records(
     sums = score.headline or Headline.share(score.correct)
     stated, summed = main["value"], sums.value() if score.correct else None
     known = stated is not None and summed is not None and math.isclose(stated, summed, abs_tol=1e-9)
-    main["formula"] = sums.formula if known else None
     if answers is not None:
         _write_credits(credits_path(answers), samples, score, sums.rows if known else ())
     found = [record for sample in samples if (record := records.get(sample.key)) is not None]
@@ -88,6 +87,7 @@ def score_records(
     return {
         "task": task.name,
         "headline": main,
+        "formula": sums.formula if known else None,
         "metrics": score.metrics,
         "counts": counts,
         "references": [reference._asdict() for reference in task.references],

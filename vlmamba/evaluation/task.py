@@ -22,8 +22,8 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from vlmamba.common.vocabulary import IMAGE_TOKEN, ImageRef, StoredImage
-from vlmamba.config import list_recipes, load_python_file
-from vlmamba.errors import ConfigError, DataError, MissingFileError
+from vlmamba.config.files import find_file, is_path, load_python_file, names_in, unknown_name
+from vlmamba.errors import ConfigError, DataError
 from vlmamba.evaluation.records import Record
 from vlmamba.evaluation.scorers import Score, exact_match
 from vlmamba.registry import close_matches, outside
@@ -206,7 +206,7 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
     """
     name, _, function_name = spec.rpartition(":") if ":" in spec else (spec, "", "")
     path: Path | str
-    if function_name and not _is_file(name) and name not in task_names(folder) and _is_module(name):
+    if function_name and not is_path(name) and name not in task_names(folder) and _is_module(name):
         path, function = name, outside(spec, "task", Task)
     else:
         path, default = _resolve(name, Path(folder))
@@ -236,7 +236,7 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
 
 def task_names(folder: str | Path = "eval") -> list[str]:
     """Names of the tasks in a folder, variants after the file they are in. No file is run for this."""
-    return [name for file in list_recipes(folder) for name in (file, *_variants(Path(folder) / f"{file}.py"))]
+    return [name for file in names_in(folder) for name in (file, *_variants(Path(folder) / f"{file}.py"))]
 
 
 def _variants(path: Path) -> list[str]:
@@ -250,33 +250,19 @@ def _variants(path: Path) -> list[str]:
     ]
 
 
-def _is_file(name: str) -> bool:
-    return Path(name).suffix == ".py" or len(Path(name).parts) > 1
-
-
 def _is_module(name: str) -> bool:
     return "." in name or importlib.util.find_spec(name) is not None
 
 
 def _resolve(name: str, folder: Path) -> tuple[Path, str]:
     """File and function of a task's name."""
-    path = Path(name)
-    if _is_file(name):
-        if not path.is_file():
-            raise MissingFileError(f"there is no task file {path} (looked in {Path.cwd()}).")
-        return path, "task"
-    files = list_recipes(folder)
-    if name in files:
-        return folder / f"{name}.py", "task"
+    files = names_in(folder)
+    if is_path(name) or name in files:
+        return find_file(name, folder, "task", "my/benchmark.py"), "task"
     for file in sorted(files, key=len, reverse=True):
         if name.startswith(f"{file}_") and name in _variants(folder / f"{file}.py"):
             return folder / f"{file}.py", name
-    found = task_names(folder)
-    where = f"{folder}/ under {Path.cwd()}"
-    listing = f"Found in {where}: {', '.join(found)}." if found else f"There is no task in {where}."
-    raise ConfigError(
-        f"unknown task {name!r}.{close_matches(name, found)} {listing} A path such as my/benchmark.py works too."
-    )
+    raise unknown_name(name, task_names(folder), folder, "task", "my/benchmark.py")
 
 
 def _task_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:

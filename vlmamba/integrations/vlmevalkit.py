@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmamba.errors import DataError, MissingFileError, require
+from vlmamba.evaluation.layouts import LETTER, LETTER_CN, multiple_choice, with_suffix
 
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTER_CN = "请直接回答选项字母。"
 SHORT_ANSWER = 128
 LONG_ANSWER = 1024
 """Tokens: LLaVA-1.5's limits for short answers, and for multiple choice and free text."""
@@ -90,12 +88,16 @@ class _Plugin:
 def prompt_text(line: Mapping[str, Any], kind: str, *, chinese: bool = False) -> str:
     """LLaVA-1.5's text: hint, question, options (rows of absent ones are missing or not text), instruction."""
     if kind == "Y/N":
-        return f"{line['question']}\n{SHORT}"
+        return with_suffix(str(line["question"]))
     hint = line.get("hint")
-    head = [hint] if isinstance(hint, str) and hint else []
     given = {letter: line.get(letter) for letter in string.ascii_uppercase}
-    options = [f"{letter}. {text}" for letter, text in given.items() if text is not None and text == text]
-    return "\n".join([*head, str(line["question"]), *options, LETTER_CN if chinese else LETTER])
+    options = {letter: str(text) for letter, text in given.items() if text is not None and text == text}
+    return multiple_choice(
+        str(line["question"]),
+        options,
+        hint=hint if isinstance(hint, str) else "",
+        suffix=LETTER_CN if chinese else LETTER,
+    )
 
 
 def read_message(message: Sequence[Mapping[str, str]]) -> Any:

@@ -5,7 +5,6 @@ Shapes: n images, H W patches, K answer tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmamba.common.files import replace_json, replaced
 from vlmamba.common.images import image_size
 from vlmamba.interpret.answers import Answer
 from vlmamba.interpret.methods import check_method, explain, methods_of
@@ -119,7 +119,8 @@ def write_inspection(
     for one in maps:
         picture = answer.images[one.image]
         data = png(overlay(picture, one.values, images))
-        (target / one.name).write_bytes(data)
+        with replaced(target / one.name) as unfinished:
+            unfinished.write_bytes(data)
         size = image_size(picture, exif_transpose=images.exif_transpose)
         places = patch_grid(images, size, one.values.shape)
         row = tokens.setdefault(
@@ -144,10 +145,10 @@ def write_inspection(
                 ],
             }
         )
-    (target / "maps.json").write_text(json.dumps(_raw(answer, maps, checkpoint)), encoding="utf-8")
+    replace_json(target / "maps.json", _raw(answer, maps, checkpoint), indent=None)
     return write_page(
         target / "index.html",
-        "inspect",
+        "inspect.html",
         title=answer.question,
         answer=answer,
         tokens=list(tokens.values()),

@@ -34,7 +34,7 @@ from vlmamba.models.language.loading import resolve_directory
 from vlmamba.models.language.weights import load_state_dict_file
 from vlmamba.models.modeling import VLMambaForConditionalGeneration
 from vlmamba.models.processing import VLMambaProcessor, check_tokenizer
-from vlmamba.models.vision import build_vision_encoder, encoders, load_vision_encoder
+from vlmamba.models.vision import VisionEncoder, build_vision_encoder, encoders, load_vision_encoder
 from vlmamba.models.vision.presets import preset_config
 from vlmamba.registry import is_admitted
 
@@ -143,28 +143,12 @@ def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, V
         CheckpointError: They do not fit.
         ConfigError: The language model cannot be used exactly, or sees what comes later.
     """
-    vision = load_vision_encoder(
-        config.vision.family,
-        _vision_path(config.vision),
-        feature_layer=config.vision.feature_layer,
-        image_size=config.vision.image_size,
-        final_norm=config.vision.final_norm,
-    )
-    attention = (
-        {} if config.language.attention is None else {"attn_implementation": config.language.attention}
-    )
-    language = load_language_model(
-        config.language.path, torch.float32, family=config.language.family, **attention
-    )
-    tokenizer = load_tokenizer(config.language.tokenizer or config.language.path)
-    check_tokenizer(tokenizer, config.language.tokenizer or config.language.path)
-    connector = build_connector(
-        config.connector.name,
-        vision_dim=vision.hidden_size,
-        text_dim=language.config.hidden_size,
-        grid=vision.grid,
-        **config.connector.options,
-    )
+    vision, words = _load_encoder(config.vision), config.language
+    attention = {} if words.attention is None else {"attn_implementation": words.attention}
+    language = load_language_model(words.path, torch.float32, family=words.family, **attention)
+    tokenizer = load_tokenizer(words.tokenizer or words.path)
+    check_tokenizer(tokenizer, words.tokenizer or words.path)
+    connector = _fresh_connector(config.connector, vision, language.config)
     for part, path in config.connector.init.items():
         connector.load_part(part, _part_weights(part, path))
     settings = {**vision.image_defaults(), "exif_transpose": config.image.exif_transpose}
@@ -177,12 +161,7 @@ def build_model(config: ModelConfig) -> tuple[VLMambaForConditionalGeneration, V
         num_image_tokens=connector.num_tokens,
     )
     ensure_token_fits(language, processor.image_token_id)
-    model = VLMambaForConditionalGeneration(
-        _model_config(vision.config_dict(), connector, language.config, processor.image_token_id),
-        vision_tower=vision,
-        multi_modal_projector=connector,
-        language_model=language,
-    )
+    model = _join(vision.config_dict(), vision, connector, language, processor.image_token_id)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.pad_token_id
     check_causal(model.language_model)
@@ -199,57 +178,48 @@ def build_meta_model(config: ModelConfig) -> VLMambaForConditionalGeneration:
     with torch.device("meta"):
         vision = build_vision_encoder(vision_config)
         language = build_language_model(text_config)
-        connector = build_connector(
-            config.connector.name,
-            vision_dim=vision.hidden_size,
-            text_dim=text_config.hidden_size,
-            grid=vision.grid,
-            **config.connector.options,
-        )
-        return VLMambaForConditionalGeneration(
-            _model_config(vision_config, connector, text_config, text_config.vocab_size - 1),
-            vision_tower=vision,
-            multi_modal_projector=connector,
-            language_model=language,
-        )
+        connector = _fresh_connector(config.connector, vision, text_config)
+        return _join(vision_config, vision, connector, language, text_config.vocab_size - 1)
 
 
-def _model_config(
-    vision_config: Mapping[str, Any], connector: Connector, text_config: Any, image_token_id: int
-) -> VLMambaConfig:
-    return VLMambaConfig(
+def _fresh_connector(config: ConnectorConfig, vision: VisionEncoder, text_config: Any) -> Connector:
+    sizes = {"vision_dim": vision.hidden_size, "text_dim": text_config.hidden_size, "grid": vision.grid}
+    return build_connector(config.name, **sizes, **config.options)
+
+
+def _join(
+    vision_config: Mapping[str, Any],
+    vision: VisionEncoder,
+    connector: Connector,
+    language: Any,
+    image_token_id: int,
+) -> VLMambaForConditionalGeneration:
+    config = VLMambaConfig(
         vision_config=vision_config,
         connector_config={"name": connector.name, "options": dict(connector.options)},
-        text_config=text_config,
+        text_config=language.config,
         image_token_id=image_token_id,
+    )
+    return VLMambaForConditionalGeneration(
+        config, vision_tower=vision, multi_modal_projector=connector, language_model=language
     )
 
 
-def _vision_path(config: VisionConfig) -> Any:
-    if config.family != "fused":
-        return config.path
-    towers = [config.path] if isinstance(config.path, str) else list(config.path)
-    return ",".join(towers)
+def _load_encoder(config: VisionConfig) -> VisionEncoder:
+    path = config.path if isinstance(config.path, str) or config.family != "fused" else ",".join(config.path)
+    return load_vision_encoder(config.family, path, **_selection(config))
+
+
+def _selection(config: VisionConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("feature_layer", "image_size", "final_norm")}
 
 
 def _meta_vision_config(config: VisionConfig) -> dict[str, Any]:
     towers = [config.path] if isinstance(config.path, str) else list(config.path)
     there = all(Path(tower.rpartition("=")[2]).is_dir() for tower in towers)
     if config.preset is not None and not there:
-        return preset_config(
-            config.preset,
-            feature_layer=config.feature_layer,
-            image_size=config.image_size,
-            final_norm=config.final_norm,
-        )
-    encoder = load_vision_encoder(
-        config.family,
-        _vision_path(config),
-        feature_layer=config.feature_layer,
-        image_size=config.image_size,
-        final_norm=config.final_norm,
-    )
-    return encoder.config_dict()
+        return preset_config(config.preset, **_selection(config))
+    return _load_encoder(config).config_dict()
 
 
 def _meta_text_config(config: LanguageConfig) -> Any:

@@ -21,18 +21,18 @@ LARGEST_PNG = 40_000
 """Bytes; larger pictures are embedded as JPEG."""
 
 
-def render(name: str, *, title: str, **values: Any) -> str:
-    """The page that ``templates/NAME.html.jinja`` makes of values.
+def render(template: str, *, title: str, **values: Any) -> str:
+    """The page that ``templates/TEMPLATE.jinja`` makes of values.
 
     Halves of surrogates, as names of files may hold, are written as references.
     """
-    page = str(_templates().get_template(f"{name}.html.jinja").render(title=title, **values))
+    page = str(_templates().get_template(f"{template}.jinja").render(title=title, **values))
     return page.encode("utf-8", "xmlcharrefreplace").decode("utf-8")
 
 
-def write_page(path: str | Path, name: str, *, title: str, **values: Any) -> Path:
+def write_page(path: str | Path, template: str, *, title: str, **values: Any) -> Path:
     """Render a page and replace its file as a whole."""
-    replace_text(path, render(name, title=title, **values))
+    replace_text(path, render(template, title=title, **values))
     return Path(path)
 
 

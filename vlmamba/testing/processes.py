@@ -38,27 +38,11 @@ class Ended:
 
 
 def run_ranks(
-    program: Path,
-    function: str,
-    *arguments: Any,
-    world_size: int = 2,
-    folder: Path,
-    environment: dict[str, str] | None = None,
-    seconds: float = 120.0,
+    program: Path, function: str, *arguments: Any, world_size: int = 2, folder: Path, **how: Any
 ) -> list[Ended]:
-    """Call a function in several processes that know of each other as torchrun's do.
-
-    Args:
-        program: A Python file, loaded by path in every process.
-        function: Its function; called with the arguments, which must be picklable.
-        world_size: How many processes; 1 is one without launcher variables.
-        folder: For outputs and results.
-        environment: Further variables.
-        seconds: After which what still runs writes down its stacks and is ended.
-    """
-    how: dict[str, Any] = {"folder": folder, "environment": environment, "seconds": seconds}
-    processes = start_ranks(program, function, *arguments, world_size=world_size, **how)
-    return wait_for(processes, folder, seconds=seconds)
+    """Call a function in several processes, as `start_ranks` does, and wait for them."""
+    processes = start_ranks(program, function, *arguments, world_size=world_size, folder=folder, **how)
+    return wait_for(processes, folder, seconds=how.get("seconds", 120.0))
 
 
 def start_ranks(
@@ -70,7 +54,16 @@ def start_ranks(
     environment: dict[str, str] | None = None,
     seconds: float = 120.0,
 ) -> list[Any]:
-    """As `run_ranks`, without waiting."""
+    """Call a function in several processes that know of each other as torchrun's do.
+
+    Args:
+        program: A Python file, loaded by path in every process.
+        function: Its function; called with the arguments, which must be picklable.
+        world_size: How many processes; 1 is one without launcher variables.
+        folder: For outputs and results.
+        environment: Further variables.
+        seconds: After which what still runs writes down its stacks and is ended.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)

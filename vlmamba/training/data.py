@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vlmamba.data import (
 )
 from vlmamba.errors import ConfigError, MissingFileError
 from vlmamba.training.config import SourceConfig, TrainConfig
+from vlmamba.training.files import MissingItem, format_missing
 from vlmamba.training.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,13 @@ def open_sources(config: TrainConfig) -> list[Any]:
     sources = [build_source(s.kind, **_options(s)) for s in config.data.sources]
     missing = {folder: hint for source in sources for folder, hint in missing_folders(source).items()}
     if missing:
-        message = missing_folders_message(missing)
+        items = [MissingItem("images", str(folder), hint or "") for folder, hint in missing.items()]
+        more = f"\n  and {len(items) - MOST_LISTED} more" if len(items) > MOST_LISTED else ""
+        message = (
+            f"{len(items)} folders of images that the annotations name are not there:\n"
+            f"{format_missing(items[:MOST_LISTED])}{more}\n"
+            "Get them, or train without those rows: --data.max_bad_fraction with their share of all rows."
+        )
         if config.data.max_bad_fraction <= TOLERATED_BAD_FRACTION:
             raise MissingFileError(message)
         logger.warning("%s", message)
@@ -70,21 +77,6 @@ def _options(source: SourceConfig) -> dict[str, Any]:
     if source.kind == "hf":
         options.update(split=source.split, subset=source.subset, image_root=source.image_root or None)
     return options
-
-
-def missing_folders_message(missing: Mapping[Path, str | None]) -> str:
-    """Image folders that are not there, with where to get them."""
-    lines = []
-    for folder, hint in list(missing.items())[:MOST_LISTED]:
-        lines.append(f"  {folder}" + (f"\n    get it: {hint}" if hint else ""))
-    if len(missing) > MOST_LISTED:
-        lines.append(f"  and {len(missing) - MOST_LISTED} more")
-    return (
-        f"{len(missing)} folders of images that the annotations name are not there:\n"
-        + "\n".join(lines)
-        + "\n"
-        "Get them, or train without those rows: --data.max_bad_fraction with their share of all rows."
-    )
 
 
 def build_data(

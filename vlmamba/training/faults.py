@@ -108,12 +108,10 @@ class Watch:
         os._exit(EXIT_STALLED)
 
 
-def record_nonfinite(run_dir: Path, entry: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Path:
+def record_nonfinite(run_dir: Path, entry: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
     """Append a step that was not taken, with its samples, to ``nonfinite.jsonl``.
 
     Raises:
         WriteError: The disk is full or fails.
     """
-    path = run_dir / NONFINITE_FILE
-    append_text(path, json.dumps({**entry, "samples": list(samples)}) + "\n")
-    return path
+    append_text(run_dir / NONFINITE_FILE, json.dumps({**entry, "samples": list(samples)}) + "\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from vlmamba.config import load_yaml
 from vlmamba.errors import CheckpointError, MissingFileError
 from vlmamba.models.builder import CONNECTOR_CONFIG_FILE, CONNECTOR_FILE
 from vlmamba.models.language.loading import read_config_dict
-from vlmamba.models.language.weights import load_state_dict_dir, load_state_dict_file, weight_files
+from vlmamba.models.language.weights import has_weights, load_state_dict_dir, load_state_dict_file
 from vlmamba.training.checkpoint import CHECKPOINTS, latest_checkpoint, read_state, read_trained, verify
 
 logger = logging.getLogger(__name__)
@@ -27,8 +26,7 @@ CONNECTOR = "multi_modal_projector"
 RUN_CONFIG = "config.yaml"
 
 
-@dataclass(frozen=True)
-class SavedWeights:
+class SavedWeights(NamedTuple):
     """Tensors by their names in the model, and what is known of the connector they belong to."""
 
     path: Path
@@ -107,15 +105,10 @@ def read_weights(source: Path) -> SavedWeights:
     if (source / "state.json").is_file():
         return _checkpoint(source)
     for folder in (source, source / "export"):
-        if (folder / "config.json").is_file():
-            try:
-                weight_files(folder)
-            except MissingFileError:
-                break
+        if (folder / "config.json").is_file() and has_weights(folder):
             check_folder(folder)
             config = read_config_dict(folder)
             return SavedWeights(folder, load_state_dict_dir(folder), config.get("connector_config"))
-    for folder in (source, source / "export"):
         if (folder / CONNECTOR_FILE).is_file():
             return _connector_file(folder / CONNECTOR_FILE)
     state = "holds no checkpoint and no exported model" if source.exists() else "does not exist"
@@ -154,20 +147,17 @@ def check_connector(model: nn.Module, saved: SavedWeights) -> None:
         CheckpointError: Names both connectors.
     """
     connector: Any = getattr(model, CONNECTOR, None)
-    if (
-        connector is None
-        or saved.connector is None
-        or not any(n.startswith(f"{CONNECTOR}.") for n in saved.tensors)
-    ):
+    held = any(n.startswith(f"{CONNECTOR}.") for n in saved.tensors)
+    if connector is None or saved.connector is None or not held:
         return
     ours = resolve_options(connector.name, connector.options)
     theirs = resolve_options(saved.connector["name"], saved.connector.get("options", {}))
     if ours != theirs:
         differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+        there, here = (", ".join(f"{k}={v}" for k, v in each.items()) for each in (theirs, ours))
         raise CheckpointError(
-            f"the connector in {saved.path} is another one than the model's ({', '.join(differing)} "
-            "differ):\n"
-            f"  there: {_show(theirs)}\n  here:  {_show(ours)}\n"
+            f"the connector in {saved.path} is another one than the model's ({', '.join(differing)} differ):\n"
+            f"  there: {there}\n  here:  {here}\n"
             "Set model.connector to what was trained there, or train this connector from its own stage 1."
         )
 
@@ -190,10 +180,6 @@ def resolve_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps({**defaults, **options}, default=str))
     return {"name": name, **plain}
-
-
-def _show(connector: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in connector.items())
 
 
 def _compare(

@@ -7,10 +7,10 @@ import logging
 import sys
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,13 @@ class Window:
         }
 
 
-class MetricLogger(ABC):
-    """Receives every log line of a run."""
+class MetricLogger:
+    """Receives every log line of a run; `close` is called when it ends."""
 
-    @abstractmethod
     def log(self, line: Mapping[str, Any]) -> None:
         """Take one line."""
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to close
+    def close(self) -> None:
         """The run ends."""
 
 
@@ -157,7 +156,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 class TensorBoardLogger(MetricLogger):
     """TensorBoard event files under ``tensorboard/``."""
 
-    def __init__(self, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int, **_: Any) -> None:
         require("tensorboard", extra="train", feature="the logger 'tensorboard'")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -183,19 +182,22 @@ class TensorBoardLogger(MetricLogger):
             self._writer.close()
 
 
-class _TrackerLogger(MetricLogger):
-    """wandb and trackio, which share one interface. Sends data away: only on request."""
+class TrackerLogger(MetricLogger):
+    """wandb and trackio, which share one interface. Sends data away: only on request.
 
-    module = ""
+    A run has an id of its own for wandb, kept in its folder, so that it goes on in the same place when it is resumed:
+    names need not be unique there.
+    """
 
-    def __init__(self, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
-        self._tracker: Any = require(self.module, extra=self.module, feature=f"the logger {self.module!r}")
-        options = self.identify(run_dir)
+    def __init__(self, module: str, run_dir: Path, *, resume_step: int, config: Mapping[str, Any]) -> None:
+        self._tracker: Any = require(module, extra=module, feature=f"the logger {module!r}")
+        options = {"name": run_dir.name}
+        if module == "wandb":
+            file = run_dir / "wandb_id"
+            if not file.exists():
+                replace_text(file, uuid.uuid4().hex[:16] + "\n")
+            options["id"] = file.read_text(encoding="utf-8").strip()
         self._tracker.init(project="vlmamba", config=dict(config), resume="allow", **options)
-
-    def identify(self, run_dir: Path) -> dict[str, str]:
-        """What makes a resumed run go on in the same place there."""
-        return {"name": run_dir.name}
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send every number."""
@@ -207,29 +209,10 @@ class _TrackerLogger(MetricLogger):
         self._tracker.finish()
 
 
-class WandbLogger(_TrackerLogger):
-    """Weights & Biases."""
-
-    module = "wandb"
-
-    def identify(self, run_dir: Path) -> dict[str, str]:
-        """An id of its own, kept in the run's folder: names need not be unique there."""
-        file = run_dir / "wandb_id"
-        if not file.exists():
-            replace_text(file, uuid.uuid4().hex[:16] + "\n")
-        return {"name": run_dir.name, "id": file.read_text(encoding="utf-8").strip()}
-
-
-class TrackioLogger(_TrackerLogger):
-    """Trackio."""
-
-    module = "trackio"
-
-
 LOGGERS: Registry[Callable[..., MetricLogger]] = Registry("logger")
 LOGGERS.add("tensorboard", TensorBoardLogger)
-LOGGERS.add("wandb", WandbLogger)
-LOGGERS.add("trackio", TrackioLogger)
+for _name in ("wandb", "trackio"):
+    LOGGERS.add(_name, partial(TrackerLogger, _name))
 
 
 def open_loggers(

@@ -3,7 +3,7 @@
 Works from the recipe alone, without weights, data or a GPU. Activations and FLOPs come from the model's own step run on
 shapes (`vlmamba.training.tracing`); what parameters, gradients and optimizer states take follows from how each strategy
 of `vlmamba.training.parallel` keeps them, and is arithmetic. Not seen: fragmentation, libraries' own buffers and
-kernels' workspace, for which `PlanSettings.reserve` is left free.
+kernels' workspace, for which `RESERVE` is left free.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ FLAGS = {
     ZERO2: "--parallel zero2",
     ZERO3: "--parallel zero3",
 }
+RESERVE = 0.08
+"""Share of the memory left free, an assumption."""
 DEFAULT_MFU = 0.25
 """An assumption. Transformers of this size are reported at 0.33 to 0.39 on H100s
 (github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md); Mamba's scan is bound by memory."""
@@ -55,7 +57,6 @@ class PlanSettings:
         length: Tokens of the longest rows; None: `data.pack_length`, else `data.max_length`.
         text_tokens: Mean text tokens of a sample; None: `DEFAULT_TEXT`.
         supervised: Share of the text tokens with a label.
-        reserve: Share of the memory left free.
     """
 
     gpus: int = 8
@@ -66,15 +67,14 @@ class PlanSettings:
     length: int | None = None
     text_tokens: float = 250.0
     supervised: float = 0.5
-    reserve: float = 0.08
 
     def __post_init__(self) -> None:
         for name in ("gpus", "memory", "mfu", "per_host", "text_tokens"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"plan: {name} must be positive, got {getattr(self, name)}.")
-        if not (self.mfu <= 1 and 0 <= self.supervised <= 1 and 0 <= self.reserve < 1):
+        if not (self.mfu <= 1 and 0 <= self.supervised <= 1):
             raise ConfigError(
-                f"plan: mfu {self.mfu}, supervised {self.supervised} and reserve {self.reserve} are shares from 0 to 1."
+                f"plan: mfu {self.mfu} and supervised {self.supervised} are shares from 0 to 1."
             )
         if peak_of(self.gpu) is None:
             raise ConfigError(
@@ -85,7 +85,7 @@ class PlanSettings:
     @property
     def budget(self) -> float:
         """Bytes that a run may take."""
-        return self.memory * GIB * (1.0 - self.reserve)
+        return self.memory * GIB * (1.0 - RESERVE)
 
 
 @dataclass(frozen=True)

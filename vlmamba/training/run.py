@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vlmamba.config import dump_yaml, load_yaml
 from vlmamba.errors import CheckpointError
 from vlmamba.models.builder import build_model
 from vlmamba.models.language.causality import check_causal, check_packs
+from vlmamba.models.language.versions import recompute_activations
 from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training.config import TrainConfig
 from vlmamba.training.data import build_data, open_sources, total_steps
@@ -31,7 +32,7 @@ from vlmamba.training.files import check_files
 from vlmamba.training.flops import FlopCount, peak_flops
 from vlmamba.training.init_from import init_from
 from vlmamba.training.loop import Outcome, Training, train_loop, worker_deaths
-from vlmamba.training.metrics import MetricLogger, Window, open_loggers
+from vlmamba.training.metrics import Window, open_loggers
 from vlmamba.training.optim import build_optimizer
 from vlmamba.training.parallel import Parallel, make_parallel
 from vlmamba.training.parts import format_parts, parts_table, set_modes, set_trainable
@@ -173,11 +174,16 @@ def _guarded_loop(training: Training, model: nn.Module, run_dir: Path) -> Outcom
         in_background=config.save_async,
     )
     with (
-        _loggers(config, run_dir, parallel, training.state.step) as loggers,
+        ExitStack() as opened,
         stop_signals() as stop,
         Watch(config.stall_seconds, run_dir, parallel.rank) as watch,
     ):
-        training.save, training.loggers = saver.save, loggers
+        training.save = saver.save
+        if parallel.is_main:
+            how: dict[str, Any] = {"resume_step": training.state.step, "config": config.to_dict()}
+            training.loggers = open_loggers(config.loggers, run_dir, **how)
+        for each in training.loggers:
+            opened.callback(each.close)
         training.should_stop, training.alive = stop.is_set, watch.alive
         try:
             with worker_deaths():  # once more: torch may report one while the loop's own report is under way
@@ -259,11 +265,7 @@ def set_trained_parts(model: Any, config: TrainConfig) -> None:
 
 def enable_checkpointing(language_model: Any, *, every_nth: int = 1) -> None:
     """Let a transformers model recompute the activations of every n-th layer in the backward pass."""
-    options = {"use_reentrant": False}
-    if hasattr(language_model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    recompute_activations(language_model)
     layers = [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every_nth == 0
@@ -348,17 +350,3 @@ def _open_run(
     replace_text(run_dir / CONFIG_FILE, dump_yaml(config))
     write_environment(run_dir / ENVIRONMENT_FILE, parallel.device, start_step=step or 0)
     return start
-
-
-@contextmanager
-def _loggers(
-    config: TrainConfig, run_dir: Path, parallel: Parallel, step: int
-) -> Iterator[list[MetricLogger]]:
-    loggers: list[MetricLogger] = []
-    if parallel.is_main:
-        loggers = open_loggers(config.loggers, run_dir, resume_step=step, config=config.to_dict())
-    try:
-        yield loggers
-    finally:
-        for each in loggers:
-            each.close()

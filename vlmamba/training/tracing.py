@@ -76,11 +76,6 @@ class StepTrace:
         both = self.peaks_with_grads
         return max((1 - share) * peak + share * both[phase] for phase, peak in self.peaks.items())
 
-    @property
-    def loss_memory(self) -> float:
-        """Logits, their gradient and copies."""
-        return max(self.peaks["loss"], self.peaks["loss backward"]) - self.activations
-
     def along(self, other: StepTrace, steps: float) -> StepTrace:
         """This trace moved by so many times the difference from it to another one."""
 

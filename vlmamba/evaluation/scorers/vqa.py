@@ -48,11 +48,6 @@ UNANSWERABLE = "unanswerable"
 Normaliser = Callable[[str], str]
 
 
-def consensus(prediction: str, answers: Sequence[str]) -> float:
-    """The credit of a prediction: each annotator left out in turn; texts are compared as they are."""
-    return _credit(tuple(answer == prediction for answer in answers))
-
-
 @functools.lru_cache(maxsize=4096)
 def _credit(matches: tuple[bool, ...]) -> float:
     return add(_shares(matches)) / len(matches)

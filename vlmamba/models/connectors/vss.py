@@ -9,8 +9,6 @@ Shapes: B images, V = H*W patches, F vision width, D text width, C scan width, S
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +18,6 @@ from vlmamba.models.connectors.base import Connector, RMSNorm
 from vlmamba.registry import close_matches
 from vlmamba.ssm.directions import SCANS, scan_orders
 from vlmamba.ssm.mixer import MambaMixer
-
-Scan = Literal["bsm", "csm", "forward", "backward"]
-Merge = Literal["sum", "mean"]
 
 
 class VSS(nn.Module):

@@ -18,6 +18,7 @@ from vlmamba.models.language.state_spaces import (
 )
 from vlmamba.models.language.weights import (
     check_fits,
+    check_loaded,
     load_state_dict_dir,
     load_state_dict_file,
     weight_files,
@@ -191,13 +192,7 @@ def load_strictly(auto_class: Any, path: str | Path, **options: Any) -> nn.Modul
         trust_remote_code=False,
         **kept,
     )
-    loaded = model.state_dict()
-    expected: dict[str, Any] = {name: loaded[name].shape for name in info["missing_keys"] if name in loaded}
-    found: dict[str, Any] = {name: torch.empty(0, device="meta") for name in info["unexpected_keys"]}
-    for name, in_file, in_model in info["mismatched_keys"]:
-        expected[name] = in_model
-        found[name] = torch.empty(in_file, device="meta")
-    check_fits(found, expected, where=str(directory))
+    check_loaded(model, info, where=str(directory))
     typed: nn.Module = model
     return typed
 

@@ -46,3 +46,13 @@ def one_cache(kwargs: dict[str, Any]) -> Any:
 def arguments_of(forward: Callable[..., Any]) -> frozenset[str]:
     """Names of the arguments of a (class's) forward function."""
     return frozenset(inspect.signature(forward).parameters)
+
+
+def recompute_activations(model: Any, enabled: bool = True) -> None:
+    """Let a transformers model compute its activations again in the backward pass, or not; in training mode only."""
+    if not enabled:
+        model.gradient_checkpointing_disable()
+    elif hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -13,7 +13,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 @torch.no_grad()
-def ensure_token_fits(model: Any, token_id: int, *, multiple: int = 8) -> int:
+def ensure_token_fits(model: Any, token_id: int) -> int:
     """Make sure that the embeddings have a row for a token.
 
     Mamba's vocabularies are padded (50,277 tokens, 50,280 rows), so an added token usually has a row already,
@@ -23,7 +23,6 @@ def ensure_token_fits(model: Any, token_id: int, *, multiple: int = 8) -> int:
     Args:
         model: A language model of transformers' interface.
         token_id: The token.
-        multiple: Rows are kept a multiple of this when they grow.
 
     Returns:
         Number of rows now.
@@ -36,7 +35,7 @@ def ensure_token_fits(model: Any, token_id: int, *, multiple: int = 8) -> int:
     rows = int(model.get_input_embeddings().weight.shape[0])
     if token_id < rows:
         return rows
-    model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=multiple, mean_resizing=False)
+    model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=8, mean_resizing=False)
     tensors = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not tensors[0]:

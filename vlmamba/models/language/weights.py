@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -139,6 +140,11 @@ def weight_files(directory: str | Path) -> list[Path]:
     )
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds weights that `weight_files` finds."""
+    return any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
+
+
 def load_state_dict_dir(directory: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a model directory (single file or shards), on CPU.
 
@@ -175,22 +181,41 @@ def check_fits(
         CheckpointError: Lists missing and unexpected names and both shapes of each that differs.
     """
     covered = {name for group in tied if group & state.keys() for name in group}
-    missing = sorted(expected.keys() - state.keys() - covered)
-    unexpected = sorted(state.keys() - expected.keys())
-    shapes = [
-        f"{name}: {tuple(state[name].shape)} in the checkpoint, {tuple(shape)} in the model"
-        for name, shape in sorted(expected.items())
-        if name in state and tuple(state[name].shape) != tuple(shape)
+    shapes = {n: (state[n].shape, shape) for n, shape in expected.items() if n in state}
+    _refuse(
+        where,
+        missing=expected.keys() - state.keys() - covered,
+        unexpected=state.keys() - expected.keys(),
+        shapes={name: both for name, both in shapes.items() if tuple(both[0]) != tuple(both[1])},
+    )
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], *, where: str, leaves_rest: bool = False) -> None:
+    """As `check_fits`, from the report of transformers' `from_pretrained` (with `ignore_mismatched_sizes`).
+
+    Args:
+        model: What was loaded.
+        info: The report, of `output_loading_info`.
+        where: What was loaded, for the message.
+        leaves_rest: The model is a part of what the checkpoint holds.
+    """
+    _refuse(
+        where,
+        missing=set(info["missing_keys"]) & model.state_dict().keys(),
+        unexpected=set() if leaves_rest else set(info["unexpected_keys"]),
+        shapes={name: (in_file, in_model) for name, in_file, in_model in info["mismatched_keys"]},
+    )
+
+
+def _refuse(
+    where: str, missing: Set[str], unexpected: Set[str], shapes: Mapping[str, tuple[Any, Any]]
+) -> None:
+    differing = [
+        f"{name}: {tuple(in_file)} in the checkpoint, {tuple(in_model)} in the model"
+        for name, (in_file, in_model) in sorted(shapes.items())
     ]
-    problems = [
-        f"{len(found)} {kind}: {_listed(found)}"
-        for kind, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if found
-    ]
+    kinds = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": differing}
+    problems = [f"{len(found)} {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
     if problems:
         raise CheckpointError(
             f"{where}: the weights do not fit the model. {'; '.join(problems)}. "

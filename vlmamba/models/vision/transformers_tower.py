@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from vlmamba.errors import CheckpointError, ConfigError, MissingFileError
+from vlmamba.models.language.versions import recompute_activations
+from vlmamba.models.language.weights import check_loaded
 from vlmamba.models.vision import sources
 from vlmamba.models.vision.base import (
     COMMON_KEYS,
@@ -151,7 +153,7 @@ class TransformersEncoder(VisionEncoder):
             raise MissingFileError(sources.missing(path, cls.family, str(error).splitlines()[0])) from error
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit the {cls.family} family: {error}") from error
-        _check_loading(info, path, cls.family)
+        check_loaded(model, info, where=f"{path} ({cls.family})", leaves_rest=True)
         native = cls.native_size(full)
         encoder = cls(
             full,
@@ -232,35 +234,13 @@ class TransformersEncoder(VisionEncoder):
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """See `VisionEncoder.set_gradient_checkpointing`."""
-        model: Any = self.model
-        if not enabled:
-            model.gradient_checkpointing_disable()
-        elif hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(self.model, enabled)
 
     def architecture(self) -> dict[str, Any]:
         """See `VisionEncoder.architecture`."""
         model_type = self.full_config.model_type
         settings = {key: getattr(self.full_config, key) for key in self.fields_of(model_type)}
         return {"model_type": model_type, **settings}
-
-
-def _check_loading(info: Mapping[str, Any], path: str, family: str) -> None:
-    """Raise for tensors that are missing or of another shape."""
-    wrong = sorted(str(key) for key in info.get("mismatched_keys") or ())
-    if wrong:
-        raise CheckpointError(
-            f"{path} does not fit the {family} family as its config.json describes it: {len(wrong)} tensors have "
-            f"another shape, the first of them {wrong[0]} (in the file, in the model)."
-        )
-    lost = sorted(str(key) for key in info["missing_keys"])
-    if lost:
-        raise CheckpointError(
-            f"{path} is not a complete {family} vision checkpoint: {len(lost)} tensors are missing, the first of "
-            f"them {', '.join(lost[:3])}. Download it again ({sources.advice(path, family)})."
-        )
 
 
 @contextmanager
