@@ -297,8 +297,8 @@ def killed_is_data_error() -> Iterator[None]:
             raise
         raise DataError(
             f"a process that loads data ended without a word ({error}). It was killed, mostly for want of memory "
-            "(see dmesg) or of shared memory (/dev/shm): lower data.num_workers, or raise the job's memory. Nothing "
-            "is lost but the steps since the last checkpoint; continue with --resume."
+            "(see dmesg) or of shared memory (/dev/shm): lower data.num_workers (--workers of vlmamba data), or raise "
+            "the job's memory. A run loses the steps since its last checkpoint and no more; continue with --resume."
         ) from error
 
 
