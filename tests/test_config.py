@@ -16,6 +16,9 @@ from vlmamba.config import (
     Config,
     Free,
     Later,
+    NotNegative,
+    Positive,
+    Share,
     apply_overrides,
     describe,
     diff_configs,
@@ -333,3 +336,37 @@ def test_settings_declare_whether_they_may_change_and_whether_they_came_later() 
     assert apply_overrides(made, {"parts.0.workers": "3", "kind": "none"}).config.kind is None
     with pytest.raises(ConfigError, match=r"kind: 'c' is not one of|kind: expected"):
         apply_overrides(made, {"kind": "c"})
+
+
+class Bounded(Config, at="part"):
+    size: Positive[int] = 1
+    pause: Free[NotNegative[float | None]] = None
+    dropped: Share[float] = 0.0
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seen > self.size:
+            raise ConfigError("part.seen is more than part.size.")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"size": 0}, "part.size must be positive, got 0."),
+        ({"pause": -0.5}, "part.pause must not be negative, got -0.5."),
+        ({"dropped": 1.5}, "part.dropped is a share from 0 to 1, got 1.5."),
+        ({"dropped": float("nan")}, "part.dropped is a share from 0 to 1, got nan."),
+        ({"seen": 2}, "part.seen is more than part.size."),
+    ],
+)
+def test_bounds_that_types_declare(values: dict[str, Any], says: str) -> None:
+    Bounded(size=1, pause=0.0, dropped=1.0, seen=1)
+    for make in (
+        lambda: Bounded(**values),
+        lambda: Bounded().replace(**values),
+        lambda: Bounded.from_dict(values),
+    ):
+        with pytest.raises(ConfigError) as error:
+            make()
+        assert str(error.value) == says
+    assert "pause" in marked(Bounded, FREE)

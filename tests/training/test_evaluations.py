@@ -169,6 +169,6 @@ def test_wrong_settings(make_config: MakeConfig) -> None:
         make_config({"ema": 1.5})
     with pytest.raises(ConfigError, match="ema cannot be had with parallel zero2"):
         make_config({"ema": 0.9, "parallel": "zero2"})
-    with pytest.raises(ConfigError, match="every must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"evaluations\.every must be positive, got 0"):
         make_config({"evaluations": [{"function": "a:b", "every": 0}]})
     assert json.loads(json.dumps(make_config().to_dict()))["evaluations"] == []

@@ -44,7 +44,7 @@ MakeConfig = Callable[..., TrainConfig]
         ({"optim.betas": "0.9,1.0"}, r"optim.betas must lie in \[0, 1\)"),
         ({"optim.name": "sgd"}, "optim.name: 'sgd' is not one of 'adamw', 'radam'"),
         ({"schedule.warmup_ratio": 3}, "schedule.warmup_ratio is a share from 0 to 1, got 3.0"),
-        ({"grad_clip": 0}, "grad_clip must be positive, or none"),
+        ({"grad_clip": 0}, "grad_clip must be positive, got 0.0"),
         ({"precision": "fp16"}, "precision: 'fp16' is not one of 'bf16', 'fp32'"),
         ({"data.sources": "[]"}, "data.sources: no source given"),
         ({"data.sources.0.weight": 0}, "must be positive, got 0.0"),

@@ -43,6 +43,12 @@ Free = Annotated[T, FREE]
 Later = Annotated[T, LATER]
 """Type of a setting that came after the first runs; at its default they are what they were."""
 
+POSITIVE, NOT_NEGATIVE, SHARE = "must be positive", "must not be negative", "is a share from 0 to 1"
+Positive = Annotated[T, POSITIVE]
+NotNegative = Annotated[T, NOT_NEGATIVE]
+Share = Annotated[T, SHARE]
+"""Types of numbers within bounds (or None, where that is allowed)."""
+
 
 class Change(NamedTuple):
     """One difference between two configs."""
@@ -67,12 +73,29 @@ ABSENT = _Absent()
 class Config:
     """Base of all configs: every subclass is a frozen, keyword-only dataclass without writing the decorator.
 
-    Fields are documented by a string under each; `describe` and the command line's help show it. Checks of
-    one config's own fields belong in its `__post_init__` and raise `ConfigError`.
+    Fields are documented by a string under each; `describe` and the command line's help show it. Bounds are declared
+    in a field's type (`Positive`, `NotNegative`, `Share`); checks between fields belong in `__post_init__` and raise
+    `ConfigError`.
+
+    Args:
+        at: Dotted path of the config in its recipe, for messages about bounds.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, at: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        own_checks = vars(cls).get("__post_init__")
+
+        def check(self: Config) -> None:
+            for name, marks in _bounds(cls).items():
+                value = getattr(self, name)
+                inside = value is None or (value > 0 if POSITIVE in marks else value >= 0)
+                if not inside or (SHARE in marks and value > 1):
+                    says = next(m for m in (POSITIVE, NOT_NEGATIVE, SHARE) if m in marks)
+                    raise ConfigError(f"{_join(at, name)} {says}, got {value}.")
+            if own_checks is not None:
+                own_checks(self)
+
+        cls.__post_init__ = check  # type: ignore[attr-defined]
         for name, value in list(vars(cls).items()):
             if isinstance(value, dict) and not name.startswith("__"):
                 # Each config gets its own copy of a dict default.
@@ -139,6 +162,17 @@ C = TypeVar("C", bound=Config)
 def _annotations(cls: type[Config]) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {name: hints[name] for name in cls._fields()}
+
+
+@functools.cache
+def _bounds(cls: type[Config]) -> dict[str, tuple[Any, ...]]:
+    """Fields whose type declares bounds, and what their types declare."""
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except NameError:  # a class in a function, whose names cannot be found
+        return {}
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {n: m for n, m in marks.items() if {POSITIVE, NOT_NEGATIVE, SHARE} & set(map(str, m))}
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -7,7 +7,6 @@ forbids any load.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +27,8 @@ from vlmamba.evaluation.tables import (
     rate_rows,
     read_run,
 )
-from vlmamba.evaluation.task import ImageRef, Task
-from vlmamba.pages import embedded, write_page
+from vlmamba.evaluation.task import Task
+from vlmamba.pages import write_page
 from vlmamba.pages.charts import chart, loss_series
 
 SETTINGS = (
@@ -94,7 +93,6 @@ def write_report(
         drawn, talks = _draw(found, folder, per_category) if folder is not None else ([], [])
         samples = drawn if samples is None else samples
         conversations = talks if conversations is None else conversations
-    embed = functools.cache(embedded)
     suffix = common_suffix([s.question for s in samples])
     return write_page(
         path,
@@ -104,13 +102,16 @@ def write_report(
         tiles=_tiles(logs, found),
         benchmarks=_benchmarks(found),
         checkpoint_note=_fingerprint_note(found),
-        tasks=[_task_view(name, result) for name, result in found.get("tasks", {}).items()],
+        tasks=[(name, r, rate_rows(r), notes_of(r)) for name, r in found.get("tasks", {}).items()],
+        percent=percent,
+        interval=interval,
         charts=[_chart(log) for log in logs],
         times=_times(logs, found, timings),
         settings=_settings(logs, found, settings or {}),
         stages=[log.label for log in logs],
-        gallery=_gallery(samples, suffix, embed),
-        talks=[_talk_view(talk, suffix, embed) for talk in conversations],
+        gallery=_gallery(samples),
+        talks=conversations,
+        short=functools.partial(_without, suffix=suffix),
         suffix=suffix,
     )
 
@@ -202,31 +203,6 @@ def _fingerprint_note(results: Mapping[str, Any]) -> str:
     return f"Weights {model['fingerprint']} ({model.get('dtype', '')}) of {results.get('checkpoint', '')}"
 
 
-def _task_view(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    rows = rate_rows(result)
-    return {
-        "name": name,
-        "description": result.get("description", ""),
-        "notes": notes_of(result),
-        "blind": any(row.shuffled is not None for row in rows),
-        "rows": [
-            {
-                "label": row.label,
-                "total": row.total,
-                "accuracy": percent(row.accuracy),
-                "interval": interval(row.low, row.high),
-                "shuffled": percent(row.shuffled),
-                "bar": {key: _width(getattr(row, key)) for key in ("accuracy", "low", "high", "shuffled")},
-            }
-            for row in rows
-        ],
-    }
-
-
-def _width(share: float | None) -> float | None:
-    return None if share is None else round(100 * share, 2)
-
-
 def _chart(log: RunLog) -> dict[str, Any]:
     points = [(float(line["step"]), float(line["loss"])) for line in log.lines]
     label = f"Loss of {log.label} over {log.steps} steps, from {log.first_loss:.3f} to {log.last_loss:.3f}"
@@ -282,44 +258,23 @@ def _setting(config: Mapping[str, Any], key: str) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _gallery(samples: Sequence[Shown], suffix: str, embed: Any) -> list[dict[str, Any]]:
-    """One group for each kind of question, in the order in which they come."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for s in samples:
-        groups.setdefault(s.category, []).append(
-            {
-                "images": _sources(s.images, embed),
-                "question": _without(s.question, suffix),
-                "expected": s.expected,
-                "given": s.given,
-                "right": s.right,
-                "id": s.question_id,
-            }
-        )
-    return [
-        {"name": name or "answers", "cards": cards, "note": _verdicts(cards)}
-        for name, cards in groups.items()
-    ]
+def _gallery(samples: Sequence[Shown]) -> list[tuple[str, list[Shown], str]]:
+    """One group for each kind of question, in the order in which they come, and how many of it are right."""
+    groups: dict[str, list[Shown]] = {}
+    for sample in samples:
+        groups.setdefault(sample.category, []).append(sample)
+    return [(name or "answers", shown, _verdicts(shown)) for name, shown in groups.items()]
 
 
-def _verdicts(cards: Sequence[Mapping[str, Any]]) -> str:
+def _verdicts(shown: Sequence[Shown]) -> str:
     """How many of the answers shown are wrong, right, or not known to be either."""
-    wrong, right = (sum(card["right"] is verdict for card in cards) for verdict in (False, True))
+    wrong, right = (sum(one.right is verdict for one in shown) for verdict in (False, True))
     if wrong + right == 0:
-        return f"{len(cards)} shown; only the benchmark's server knows which are right"
+        return f"{len(shown)} shown; only the benchmark's server knows which are right"
     return f"{wrong} wrong and {right} right shown"
-
-
-def _talk_view(talk: Talk, suffix: str, embed: Any) -> dict[str, Any]:
-    turns = [dataclasses.replace(turn, question=_without(turn.question, suffix)) for turn in talk.turns]
-    return {"images": _sources(talk.images, embed), "turns": turns}
 
 
 def _without(question: str, suffix: str) -> str:
     """The question with the instruction that the page quotes once replaced by a dagger."""
     shorter = question.removesuffix(f"\n{suffix}") if suffix else question
     return question if shorter == question else f"{shorter} †"
-
-
-def _sources(images: Sequence[ImageRef], embed: Any) -> list[str]:
-    return [embed(image) if isinstance(image, Path | bytes) else embedded(image) for image in images]

@@ -47,6 +47,7 @@ def _templates() -> Any:
     environment.loader = jinja2.DictLoader(
         {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.is_file()}
     )
+    environment.filters["embedded"] = embedded
     return environment
 
 

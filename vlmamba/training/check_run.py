@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vlmamba.common.digests import DIGESTS, fault, read_digests
 from vlmamba.common.files import read_json
 from vlmamba.config import load_yaml
-from vlmamba.errors import CheckpointError, MissingFileError, VLMambaError
+from vlmamba.errors import MissingFileError, VLMambaError
 from vlmamba.training.checkpoint import CHECKPOINTS, LATEST, STATE, complete_checkpoints, read_state
 from vlmamba.training.metrics import read_log
 
@@ -37,59 +37,45 @@ def check_run(folder: Path) -> list[Finding]:
     Raises:
         MissingFileError: The folder is none of them.
     """
-    findings = []
-    for file, problem, verdict in _look(folder):
-        size = file.stat().st_size if file.is_file() else 0
-        findings.append(Finding(str(file.relative_to(folder)), size, problem or verdict, problem is not None))
+    findings = [
+        Finding(str(file.relative_to(folder)), file.stat().st_size if file.is_file() else 0, *verdict)
+        for file, verdict in _look(folder)
+    ]
     if not findings:
         raise MissingFileError(f"{folder} is no run, no checkpoint and no exported model.")
     return findings
 
 
-def _look(folder: Path) -> Iterator[tuple[Path, str | None, str]]:
-    """Each file with its problem, or with what is said where it has none."""
+def _look(folder: Path) -> Iterator[tuple[Path, tuple[str, bool]]]:
+    """Each file with what is said of it, and whether it is damaged."""
     for name, read in READERS.items():
         if (folder / name).is_file():
-            yield folder / name, _problem(read, folder / name), "readable"
+            problem, _ = _try(read, folder / name)
+            yield folder / name, (problem or "readable", problem is not None)
     pointer = folder / CHECKPOINTS / LATEST
     if pointer.is_file():
         named = pointer.read_text(encoding="utf-8", errors="replace").strip()
         there = (folder / CHECKPOINTS / named / STATE).is_file()
-        yield pointer, None if there else f"names {named!r}, which is no checkpoint", named
-    for checkpoint in [folder] if (folder / STATE).is_file() else complete_checkpoints(folder):
-        yield from _checkpoint(checkpoint)
-    exports = [e for e in (folder, folder / "export", folder / "export_ema") if (e / "config.json").is_file()]
-    for export in exports:
-        yield from _export(export)
+        yield pointer, (named if there else f"names {named!r}, which is no checkpoint", not there)
+    for path in [folder] if (folder / STATE).is_file() else complete_checkpoints(folder):
+        yield from _folder(path, STATE, lambda path: read_state(path).files)
+    for path in (folder, folder / "export", folder / "export_ema"):
+        if (path / "config.json").is_file() or (path / DIGESTS).is_file():
+            yield from _folder(path, DIGESTS, read_digests)
 
 
-def _checkpoint(path: Path) -> Iterator[tuple[Path, str | None, str]]:
-    problem = _problem(read_state, path / STATE, path)
-    digests = {} if problem else read_state(path).files
-    yield (
-        path / STATE,
-        problem,
-        "as written" if digests else "readable (no digests: an older version wrote it)",
-    )
-    yield from _files(path, digests)
+def _folder(path: Path, own: str, read: Callable[[Path], Any]) -> Iterator[tuple[Path, tuple[str, bool]]]:
+    """A folder whose digests are in a file of its own."""
+    problem, digests = _try(read, path)
+    older = "no digests (an older version wrote it): its files are not verified"
+    yield path / own, (problem or ("as written" if digests else older), problem is not None)
+    for name, wanted in (digests or {}).items():
+        problem = fault(path, name, wanted)
+        yield path / name, (problem or "as written", problem is not None)
 
 
-def _export(path: Path) -> Iterator[tuple[Path, str | None, str]]:
-    problem = _problem(read_digests, path / DIGESTS, path)
-    digests = None if problem else read_digests(path)
-    if problem or digests is None:
-        yield path / DIGESTS, problem, "not there (an older version wrote the export): files not verified"
-    yield from _files(path, digests or {})
-
-
-def _files(folder: Path, digests: Mapping[str, str]) -> Iterator[tuple[Path, str | None, str]]:
-    for name, wanted in digests.items():
-        yield folder / name, fault(folder, name, wanted), "as written"
-
-
-def _problem(read: Callable[[Path], Any], file: Path, argument: Path | None = None) -> str | None:
+def _try(read: Callable[[Path], Any], path: Path) -> tuple[str | None, Any]:
     try:
-        read(argument or file)
-    except (VLMambaError, CheckpointError, OSError) as error:
-        return str(error)
-    return None
+        return None, read(path)
+    except (VLMambaError, OSError) as error:
+        return str(error), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from vlmamba.config import Config, Free, Later
+from vlmamba.config import Config, Free, Later, NotNegative, Positive, Share
 from vlmamba.errors import ConfigError
 from vlmamba.models.builder import ModelConfig
 
@@ -45,14 +45,14 @@ class SourceConfig(Config):
         return Path(self.image_root) if self.image_root else Path(self.annotations).parent
 
 
-class DataConfig(Config):
+class DataConfig(Config, at="data"):
     """What is trained on, and in which order."""
 
     sources: tuple[SourceConfig, ...]
     """Annotation files with their image folders; mixed by their weights."""
     stream: bool = False
     """Read hf and webdataset sources from beginning to end instead of by row; needs epochs none and max_steps."""
-    max_length: int = 2048
+    max_length: Positive[int] = 2048
     """Longest sample in tokens, image tokens included; longer answers are cut, images never."""
     image_position: Literal["inline", "front"] = "inline"
     """Whether `<image>` stays where it stands in its turn or moves to the front of it."""
@@ -61,9 +61,9 @@ class DataConfig(Config):
     pack_length: int | None = None
     """Pack samples one after another into rows of at most so many tokens, a multiple of 64, instead of padding
     them; a micro-batch is then one row. none: no packing."""
-    num_workers: Free[int] = 4
+    num_workers: Free[NotNegative[int]] = 4
     """Processes that read and decode; 0 reads in the training process."""
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: Share[float] = 0.001
     """Share of samples that may be unusable (skipped and counted) before the run stops."""
 
     def __post_init__(self) -> None:
@@ -71,18 +71,12 @@ class DataConfig(Config):
             raise ConfigError("data.sources: no source given.")
         if self.stream:
             self._check_stream()
-        if self.max_length < 1:
-            raise ConfigError(f"data.max_length must be positive, got {self.max_length}.")
         if self.pack_length is not None and (self.pack_length % 64 or self.pack_length < self.max_length):
             fitting = max(-(-max(self.pack_length, self.max_length) // 64) * 64, 64)
             raise ConfigError(
                 f"data.pack_length {self.pack_length} must be a multiple of 64 and hold the longest sample "
                 f"(data.max_length {self.max_length}); {fitting} does."
             )
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers must not be negative, got {self.num_workers}.")
-        if not 0.0 <= self.max_bad_fraction <= 1.0:
-            raise ConfigError(f"data.max_bad_fraction is a share from 0 to 1, got {self.max_bad_fraction}.")
 
     def _check_stream(self) -> None:
         if self.pack_length is not None or self.order != "random":
@@ -98,15 +92,15 @@ class DataConfig(Config):
             )
 
 
-class BatchConfig(Config):
+class BatchConfig(Config, at="batch"):
     """How many samples make an optimizer step, and how it is cut into pieces that fit the memory."""
 
-    global_batch_size: int
+    global_batch_size: Positive[int]
     """Samples per optimizer step, over all processes."""
     tokens_per_step: Later[int | None] = None
     """With data.pack_length, of which it is a multiple: a step is so many tokens in packed rows, equally many for every
     process, and as many samples as they hold; global_batch_size then has no say."""
-    micro_batch_size: Free[int | None] = None
+    micro_batch_size: Free[Positive[int | None]] = None
     """Samples per forward pass of one process; has no say when data.pack_length is set."""
     tokens_per_micro_batch: Free[int | None] = None
     """Or: tokens per forward pass, padding included; has no say when data.pack_length is set."""
@@ -119,21 +113,16 @@ class BatchConfig(Config):
         return f"{self.global_batch_size:,} samples"
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise ConfigError(f"batch.global_batch_size must be positive, got {self.global_batch_size}.")
         if (self.micro_batch_size is None) == (self.tokens_per_micro_batch is None):
             raise ConfigError(
                 "batch: set exactly one of micro_batch_size and tokens_per_micro_batch, got "
                 f"{self.micro_batch_size} and {self.tokens_per_micro_batch} (none switches one off)."
             )
-        if self.micro_batch_size is not None:
-            if self.micro_batch_size < 1:
-                raise ConfigError(f"batch.micro_batch_size must be positive, got {self.micro_batch_size}.")
-            if self.global_batch_size % self.micro_batch_size:
-                raise ConfigError(
-                    f"batch.global_batch_size {self.global_batch_size} is not a multiple of "
-                    f"batch.micro_batch_size {self.micro_batch_size}."
-                )
+        if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"batch.global_batch_size {self.global_batch_size} is not a multiple of "
+                f"batch.micro_batch_size {self.micro_batch_size}."
+            )
 
 
 class GroupConfig(Config):
@@ -147,32 +136,25 @@ class GroupConfig(Config):
     """Factor on the weight decay."""
 
 
-class OptimConfig(Config):
+class OptimConfig(Config, at="optim"):
     """The optimizer."""
 
     name: Literal["adamw", "radam"] = "adamw"
     """adamw or radam (rectified Adam with decoupled weight decay)."""
-    lr: float
+    lr: Positive[float]
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the running means."""
-    eps: float = 1e-8
+    eps: Positive[float] = 1e-8
     """Added to the denominator."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative[float] = 0.0
     """Decoupled; never on biases, norms and other vectors, nor on Mamba's A_log and D."""
     groups: tuple[GroupConfig, ...] = ()
     """Own multipliers for some parameters; the first match counts."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"optim.lr must be positive, got {self.lr}.")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"optim.betas must lie in [0, 1), got {self.betas}.")
-        if self.weight_decay < 0 or self.eps <= 0:
-            raise ConfigError(
-                f"optim: weight_decay must not be negative and eps positive, got {self.weight_decay} and "
-                f"{self.eps}."
-            )
 
 
 class LoRAConfig(Config):
@@ -197,40 +179,28 @@ class LoRAConfig(Config):
             )
 
 
-class EvaluationConfig(Config):
+class EvaluationConfig(Config, at="evaluations"):
     """A function that measures the model during training."""
 
     function: str
     """`eval/file.py:function` or `package.module:function`, called with model, processor, step and the options."""
-    every: int = 1000
+    every: Positive[int] = 1000
     """Steps between two calls; also called after the last step."""
     options: dict[str, Any] = {}  # noqa: RUF012 - Config copies defaults
     """Its further keyword arguments."""
 
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError(f"evaluations: every must be at least 1, got {self.every}.")
 
-
-class ScheduleConfig(Config):
+class ScheduleConfig(Config, at="schedule"):
     """Learning rate over the run."""
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Curve after the warm-up."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Share[float] = 0.03
     """Warm-up as a share of all steps, rounded up."""
-    warmup_steps: int | None = None
+    warmup_steps: NotNegative[int | None] = None
     """Or as a number of steps, which then counts."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share[float] = 0.0
     """Where the curve ends, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.warmup_ratio <= 1.0:
-            raise ConfigError(f"schedule.warmup_ratio is a share from 0 to 1, got {self.warmup_ratio}.")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError(f"schedule.warmup_steps must not be negative, got {self.warmup_steps}.")
-        if not 0.0 <= self.min_lr_ratio <= 1.0:
-            raise ConfigError(f"schedule.min_lr_ratio is a share from 0 to 1, got {self.min_lr_ratio}.")
 
 
 class ShardingConfig(Config):
@@ -266,9 +236,9 @@ class TrainConfig(Config):
     """Optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over time."""
-    epochs: int | None = 1
+    epochs: Positive[int | None] = 1
     """Passes over the data."""
-    max_steps: int | None = None
+    max_steps: Positive[int | None] = None
     """Optimizer steps at most; with epochs none, exactly."""
     lora: LoRAConfig | None = None
     """Adapters on layers that do not train themselves; none: no adapters."""
@@ -282,11 +252,11 @@ class TrainConfig(Config):
     """bf16: autocast, frozen parts held in bf16, trained parts in fp32. fp32: everything in fp32."""
     gradient_checkpointing: Free[bool] = False
     """Recompute the language model's activations in the backward pass."""
-    checkpoint_every_nth: Free[int] = 1
+    checkpoint_every_nth: Free[Positive[int]] = 1
     """With gradient_checkpointing: recompute every so manieth block only; 1 is all of them."""
     compile: Free[tuple[str, ...]] = ()
     """Parts that torch.compile makes faster, on a GPU: vision_tower, multi_modal_projector."""
-    grad_clip: float | None = 1.0
+    grad_clip: Positive[float | None] = 1.0
     """Largest global gradient norm; none: no clipping."""
     seed: int = 42
     """Of initialisation, order and dropout."""
@@ -297,19 +267,19 @@ class TrainConfig(Config):
     one was started, else fsdp2."""
     sharding: Free[ShardingConfig] = ShardingConfig()
     """What fsdp2, zero2 and zero3 cut and where they keep it."""
-    log_every: Free[int] = 1
+    log_every: Free[Positive[int]] = 1
     """Steps per log line."""
-    save_every: Free[int] = 500
+    save_every: Free[NotNegative[int]] = 500
     """Steps per checkpoint; one is always written at the end. 0: at the end only."""
-    keep_last: Free[int] = 2
+    keep_last: Free[NotNegative[int]] = 2
     """Checkpoints kept; 0 keeps all."""
-    keep_every: Free[int] = 0
+    keep_every: Free[NotNegative[int]] = 0
     """Besides them, keep those whose step is a multiple of this; 0: none."""
     save_async: Free[bool] = False
     """Go on training while a checkpoint is written; takes host memory for a copy of it."""
-    max_nonfinite_steps: Free[int] = 0
+    max_nonfinite_steps: Free[NotNegative[int]] = 0
     """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
-    stall_seconds: Free[float] = 1800.0
+    stall_seconds: Free[NotNegative[float]] = 1800.0
     """A step or checkpoint that takes longer is taken for hung: stacks are written down, the run ends. 0: off."""
     loggers: Free[tuple[str, ...]] = ("tensorboard",)
     """Besides log.jsonl: tensorboard, wandb, trackio. The last two send data to their services."""
@@ -321,35 +291,18 @@ class TrainConfig(Config):
             raise ConfigError("train: no pattern given, so nothing would train. Name at least one module.")
         if self.epochs is None and self.max_steps is None:
             raise ConfigError("set epochs or max_steps; both are none.")
-        for name in ("epochs", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be positive, got {value}.")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ConfigError(f"ema is a decay between 0 and 1, or none, got {self.ema}.")
         if self.ema is not None and self.parallel.startswith("zero"):
             raise ConfigError(
                 f"ema cannot be had with parallel {self.parallel}, whose optimizer is DeepSpeed's: use fsdp2."
             )
-        if self.log_every < 1:
-            raise ConfigError(f"log_every must be positive, got {self.log_every}.")
-        if self.save_every < 0 or self.keep_last < 0:
-            raise ConfigError(
-                f"save_every and keep_last must not be negative, got {self.save_every} and {self.keep_last}."
-            )
-        for name in ("keep_every", "max_nonfinite_steps", "stall_seconds"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.checkpoint_every_nth < 1:
-            raise ConfigError(f"checkpoint_every_nth must be positive, got {self.checkpoint_every_nth}.")
         unknown = sorted(set(self.compile) - {"vision_tower", "multi_modal_projector"})
         if unknown:
             raise ConfigError(
                 f"compile: {unknown[0]!r} cannot be compiled; vision_tower and multi_modal_projector can. "
                 "The language model's scan is a kernel already."
             )
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ConfigError(f"grad_clip must be positive, or none for no clipping, got {self.grad_clip}.")
         tokens, packed = self.batch.tokens_per_step, self.data.pack_length
         if tokens is not None and (packed is None or tokens < 1 or tokens % packed):
             raise ConfigError(

@@ -150,6 +150,8 @@ def check_connector(model: nn.Module, saved: SavedWeights) -> None:
     held = any(n.startswith(f"{CONNECTOR}.") for n in saved.tensors)
     if connector is None or saved.connector is None or not held:
         return
+    if not isinstance(saved.connector, dict) or "name" not in saved.connector:
+        raise CheckpointError(f"{saved.path}: what is written beside it does not describe a connector.")
     ours = resolve_options(connector.name, connector.options)
     theirs = resolve_options(saved.connector["name"], saved.connector.get("options", {}))
     if ours != theirs:

@@ -9,6 +9,7 @@ Shapes: B batch, L length, T columns in the cache and the input together, D mode
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vlmamba.errors import ConfigError, ShapeError
 from vlmamba.models.language.cache import RealFirst
 from vlmamba.models.language.families import (
     LanguageFamily,
+    LanguageInput,
     LanguageOutput,
     Verdict,
     family_of,
@@ -182,19 +184,10 @@ def padded_position_ids(attention_mask: torch.Tensor, length: int) -> torch.Tens
     return ((attention_mask != 0).long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
 
 
-def run(
-    model: Any,
-    *,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
-    cache: Any,
-    use_cache: bool,
-    output_hidden_states: bool,
-) -> LanguageOutput:
+def run(model: Any, given: LanguageInput) -> LanguageOutput:
     """See `families.run_language_model`."""
-    batch, length = inputs_embeds.shape[:2]
-    past = 0
+    batch, length = given.shape
+    cache, seq_idx, attention_mask, past = given.cache, given.seq_idx, given.attention_mask, 0
     if cache is not None:
         check_cache(model, cache, Cache)
         past = int(cache.get_seq_length())
@@ -205,35 +198,31 @@ def run(
         _check_packed(model, seq_idx, (batch, length), past)
         seq_idx = _numbered(seq_idx, attention_mask)
         position_ids = packed_position_ids(seq_idx, attention_mask)
-        attention_mask = _packed_masks(model.config, seq_idx, inputs_embeds.dtype, attention_mask)
+        attention_mask = _packed_masks(model.config, seq_idx, given.inputs_embeds.dtype, attention_mask)
     elif attention_mask is not None:
         check_mask(model, attention_mask, (batch, length), past)
         position_ids = padded_position_ids(attention_mask, length)
-        check_padding(model, attention_mask, cached=use_cache or past > 0)
+        check_padding(model, attention_mask, cached=given.use_cache or past > 0)
     elif past:
-        position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
-    return call_decoder(
-        model,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        cache=cache,
-        use_cache=use_cache,
-        output_hidden_states=output_hidden_states,
-    )
+        position_ids = torch.arange(past, past + length, device=given.inputs_embeds.device).expand(batch, -1)
+    return call_decoder(model, replace(given, attention_mask=attention_mask), position_ids)
 
 
-def call_decoder(
-    model: Any, *, cache: Any, use_cache: bool, position_ids: torch.Tensor | None, **inputs: Any
-) -> LanguageOutput:
+def call_decoder(model: Any, given: LanguageInput, position_ids: torch.Tensor | None) -> LanguageOutput:
     """Run what is below the head, with the names that its class has for things."""
     decoder = model.get_decoder()
     known = arguments_of(type(decoder).forward)
-    if "position_ids" in known:
-        inputs["position_ids"] = position_ids
-    inputs[next((name for name in CACHE_NAMES if name in known), CACHE)] = cache
-    output = decoder(**inputs, use_cache=use_cache, return_dict=True)
-    filled = cache_of(output) if use_cache else None
+    inputs: dict[str, Any] = {"position_ids": position_ids} if "position_ids" in known else {}
+    inputs[next((name for name in CACHE_NAMES if name in known), CACHE)] = given.cache
+    output = decoder(
+        inputs_embeds=given.inputs_embeds,
+        attention_mask=given.attention_mask,
+        use_cache=given.use_cache,
+        output_hidden_states=given.output_hidden_states,
+        return_dict=True,
+        **inputs,
+    )
+    filled = cache_of(output) if given.use_cache else None
     return LanguageOutput(output.last_hidden_state, filled, output.get("hidden_states"))
 
 

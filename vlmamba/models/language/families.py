@@ -38,13 +38,30 @@ class LanguageOutput(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LanguageInput:
+    """What a language model is run on; see `run_language_model`."""
+
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    cache: Any = None
+    use_cache: bool = False
+    output_hidden_states: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and L."""
+        return self.inputs_embeds.shape[0], self.inputs_embeds.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageFamily:
     """What a language model of some kind can do, and what it does exactly.
 
     Attributes:
         build: Config -> model with random weights.
         load: Directory or hub id, dtype, and further keyword arguments of `from_pretrained` -> model.
-        run: Embedded tokens -> `LanguageOutput`; see `run_language_model`.
+        run: Model, `LanguageInput` -> `LanguageOutput`.
         logits: Model, hidden states (..., D) -> logits (..., V), through all that the family does behind its last
             norm (soft caps, scalings).
         prepare_cache: Puts an empty cache into the keyword arguments of `generate`; see
@@ -60,7 +77,7 @@ class LanguageFamily:
 
     build: Callable[[Any], Any]
     load: Callable[..., Any]
-    run: Callable[..., LanguageOutput]
+    run: Callable[[Any, LanguageInput], LanguageOutput]
     logits: Callable[[Any, torch.Tensor], torch.Tensor]
     prepare_cache: Callable[[Any, Any, dict[str, Any]], None]
     stateful: bool
@@ -175,8 +192,7 @@ def run_language_model(
             )
     if family.pads is not True and attention_mask is not None and bool((attention_mask == 0).any()):
         require(family.pads, model.config, "padded rows")
-    return family.run(
-        model,
+    given = LanguageInput(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         seq_idx=seq_idx,
@@ -184,6 +200,7 @@ def run_language_model(
         use_cache=cache is not None if use_cache is None else use_cache,
         output_hidden_states=output_hidden_states,
     )
+    return family.run(model, given)
 
 
 def language_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:

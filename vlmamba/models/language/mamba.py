@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vlmamba.errors import ConfigError, ShapeError
 from vlmamba.models.language.blocks import MambaBackbone, RMSNorm
 from vlmamba.models.language.cache import MambaCache, RealFirst, keep_rows_without_tokens
-from vlmamba.models.language.families import LanguageFamily, LanguageOutput
+from vlmamba.models.language.families import LanguageFamily, LanguageInput, LanguageOutput
 from vlmamba.models.language.loading import load_mamba
 from vlmamba.models.language.loss import apply_head, loss_from_logits, next_token_loss, select_rows
 from vlmamba.models.language.versions import CACHE, cache_of, one_cache
@@ -378,24 +378,15 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, **options: An
     return model
 
 
-def run(
-    model: Any,
-    *,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
-    cache: MambaCache | None,
-    use_cache: bool,
-    output_hidden_states: bool,
-) -> LanguageOutput:
+def run(model: Any, given: LanguageInput) -> LanguageOutput:
     """See `families.run_language_model`."""
-    cache = model.cache_for(cache, use_cache)
+    cache = model.cache_for(given.cache, given.use_cache)
     hidden, collected = model.run_backbone(
-        inputs_embeds,
-        attention_mask=attention_mask,
-        seq_idx=seq_idx,
+        given.inputs_embeds,
+        attention_mask=given.attention_mask,
+        seq_idx=given.seq_idx,
         cache=cache,
-        output_hidden_states=output_hidden_states,
+        output_hidden_states=given.output_hidden_states,
     )
     return LanguageOutput(hidden, cache, collected)
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,14 @@ from vlmamba.models.language.attention import (
     padded_position_ids,
     put_cache,
 )
-from vlmamba.models.language.families import LanguageFamily, LanguageOutput, Verdict, family_of, require
+from vlmamba.models.language.families import (
+    LanguageFamily,
+    LanguageInput,
+    LanguageOutput,
+    Verdict,
+    family_of,
+    require,
+)
 from vlmamba.models.language.head import logits
 
 MEASURED = (
@@ -96,19 +104,11 @@ class StateCache(DynamicCache):
         self.columns = 0
 
 
-def run(
-    model: Any,
-    *,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
-    cache: Any,
-    use_cache: bool,
-    output_hidden_states: bool,
-) -> LanguageOutput:
+def run(model: Any, given: LanguageInput) -> LanguageOutput:
     """See `families.run_language_model`."""
-    batch, length = inputs_embeds.shape[:2]
-    if cache is None and use_cache:
+    batch, length = given.shape
+    cache, attention_mask = given.cache, given.attention_mask
+    if cache is None and given.use_cache:
         cache = StateCache(model.config)
     if cache is not None:
         check_cache(model, cache, StateCache)
@@ -123,7 +123,7 @@ def run(
     if past and length > 1 and model.config.model_type in NEVER:
         require(family_of(model).continues, model.config, "several tokens onto a cache")
     if attention_mask is None:
-        position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
+        position_ids = torch.arange(past, past + length, device=given.inputs_embeds.device).expand(batch, -1)
     else:
         check_mask(model, attention_mask, (batch, length), past)
         check_padding(model, attention_mask, cached=cache is not None)
@@ -133,15 +133,7 @@ def run(
         if layer_kinds(model.config) == {"LinearAttentionLayer"}:  # no layer looks at earlier columns
             attention_mask = attention_mask[:, past:]
     with _clamped_steps(model) if past and length == 1 else nullcontext():
-        found = call_decoder(
-            model,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-        )
+        found = call_decoder(model, replace(given, cache=cache, attention_mask=attention_mask), position_ids)
     if cache is not None:
         cache.columns, cache.rows = past + length, batch
     return found
