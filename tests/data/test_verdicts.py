@@ -162,14 +162,14 @@ def test_pictures_are_in_the_order_of_their_index() -> None:
 @pytest.mark.parametrize("key", ["loss", "weight"])
 def test_an_answer_without_loss_is_read_and_not_learnt(write: WriteRows, chat_name: str, key: str) -> None:
     rows = [{"conversations": chat("what?", "one", "and?", "two", "so?", "three")} for _ in range(2)]
-    rows[1]["conversations"][3][key] = 0
+    rows[1]["conversations"][1][key] = 0
     data = VLDataset(write(rows), tiny_processor(chat=chat_name), strict=True)
     whole, part = data[0], data[1]
     assert whole["input_ids"].tolist() == part["input_ids"].tolist()
     decode = data.processor.tokenizer.decode
     learnt = [decode([i for i in item["labels"].tolist() if i >= 0]) for item in (whole, part)]
-    assert "two" in learnt[0] and "two" not in learnt[1]
-    assert learnt[1].count("three") == learnt[1].count("one") == 1
+    assert "one" in learnt[0] and "one" not in learnt[1]
+    assert learnt[1].count("three") == learnt[1].count("two") == 1
     assert (
         len(learnt[0]) - len(learnt[1])
         == len(decode(data.processor.tokenizer("two")["input_ids"]))

@@ -280,6 +280,6 @@ def _end_of_brackets(text: str, start: int) -> int:
     depth = 0
     for mark in _MARKS.finditer(text, start):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark.group(), 0)
-        if depth == 0 and mark.group()[0] != '"':
+        if depth == 0:
             return mark.end()
     return len(text)
