@@ -93,6 +93,9 @@ def test_refusal_changes_nothing(make_config: MakeConfig, stage1: Path) -> None:
 
     tensors.pop(next(iter(tensors)))
     save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"connector.safetensors is not what was written \(SHA-256"):
+        init_from(model, path)
+    path.with_name("digests.json").unlink()  # changed on purpose
     with pytest.raises(CheckpointError, match=rf"do not fit the model:(.|\n)*missing: {CONNECTOR}"):
         init_from(model, path)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
