@@ -62,7 +62,6 @@ def write_report(
     subtitle: str = "",
     settings: Mapping[str, str] | None = None,
     timings: Sequence[tuple[str, float]] = (),
-    per_category: int = 6,
 ) -> Path:
     """Write a report.
 
@@ -76,7 +75,6 @@ def write_report(
         subtitle: A sentence under the heading.
         settings: Further rows of the settings table.
         timings: Further rows of the time table (what, seconds), such as the set-up.
-        per_category: Answers of each kind of question to draw.
 
     Returns:
         The path.
@@ -90,7 +88,7 @@ def write_report(
     if not logs and not found and not samples:
         raise DataError("a report needs runs, results or samples; none was given")
     if samples is None or conversations is None:
-        drawn, talks = _draw(found, folder, per_category) if folder is not None else ([], [])
+        drawn, talks = _draw(found, folder) if folder is not None else ([], [])
         samples = drawn if samples is None else samples
         conversations = talks if conversations is None else conversations
     suffix = common_suffix([s.question for s in samples])
@@ -130,12 +128,12 @@ def _read_results(results: str | Path | Mapping[str, Any] | None) -> tuple[Mappi
     return read_json(file, error=DataError), file.parent
 
 
-def _draw(results: Mapping[str, Any], folder: Path, per_category: int) -> tuple[list[Shown], list[Talk]]:
+def _draw(results: Mapping[str, Any], folder: Path) -> tuple[list[Shown], list[Talk]]:
     tasks: dict[str, Task] = {}
     samples: list[Shown] = []
     for name, result in results["tasks"].items():
         tasks[name] = reload_task(result)
-        samples += pick_answers(tasks[name], folder / result["predictions"], per_category=per_category)
+        samples += pick_answers(tasks[name], folder / result["predictions"])
     return samples, read_talks(results, tasks)
 
 
