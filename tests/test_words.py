@@ -157,7 +157,7 @@ def test_settings_that_are_named_exist(check):
                 continue
             count += 1
             check(is_setting(key), f"{where}: {key}")
-    assert count > 200
+    assert count > 100
 
 
 def test_settings_that_a_message_tells_to_set_exist(check):

@@ -28,7 +28,7 @@ NAME = "my_pool:PoolConnector"
 RELOAD = """
 import os, sys
 from vlmamba.errors import ConfigError
-from vlmamba.models.builder import load_model
+from vlmamba.common.load import load_model
 
 try:
     load_model(sys.argv[1])
@@ -162,8 +162,9 @@ def task() -> Task:
 
 
 def test_encoders_languages_and_tasks_of_ones_own(outsider, tmp_path):
+    from vlmamba.common.load import load_model
     from vlmamba.evaluation.cli import load_tasks
-    from vlmamba.models.builder import build_model, load_model
+    from vlmamba.models.builder import build_model
 
     (outsider / "my_parts.py").write_text(PARTS)
     words = ["--model.vision.family", "my_parts:Encoder", "--model.language.family", "my_parts:language"]

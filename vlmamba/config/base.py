@@ -86,7 +86,7 @@ class Config:
         own_checks = vars(cls).get("__post_init__")
 
         def check(self: Config) -> None:
-            for name, marks in _bounds(cls).items():
+            for name, marks in _bounds(cls).items():  # type: ignore[arg-type]
                 value = getattr(self, name)
                 inside = value is None or (value > 0 if POSITIVE in marks else value >= 0)
                 if not inside or (SHARE in marks and value > 1):
