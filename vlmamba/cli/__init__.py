@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=os.environ.get("VLMAMBA_LOG", "INFO").upper(), format="%(message)s", stream=sys.stderr
     )
-    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "PIL", "matplotlib"):
+    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is shown by its codes
         if isinstance(stream, io.TextIOWrapper):
