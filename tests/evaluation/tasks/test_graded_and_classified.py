@@ -36,7 +36,7 @@ def test_mm_vet_is_submitted_and_its_grades_are_scored(files, load, score):
     with pytest.raises(DataError, match="MM-Vet is graded by a language model: send the submission file"):
         score("mm_vet", answers, path)
     result = score("mm_vet", answers, path, submission=files.root / "s.json")
-    assert result["headline"] == {"name": "MM-Vet total", "value": None, "unit": "%", "formula": None}
+    assert result["headline"] == {"name": "MM-Vet total", "value": None, "unit": "%"}
     assert (
         files.root / "s.json"
     ).read_text() == '{\n  "v1_0": "It is \\u00e4 v1_0",\n  "v1_1": "It is \\u00e4 v1_1"\n}'
@@ -105,7 +105,7 @@ def test_hateful_memes_by_likelihood_and_by_text(files, load, score):
     ]
     result = score("hateful_memes", files.lines("a.jsonl", rows), path, submission=files.root / "s.csv")
     assert result["metrics"]["official"] == {"accuracy": pytest.approx(2 / 3), "auroc": 0.5}
-    assert result["headline"] == {"name": "Hateful Memes AUROC", "value": 50.0, "unit": "%", "formula": None}
+    assert result["headline"] == {"name": "Hateful Memes AUROC", "value": 50.0, "unit": "%"}
     lines = (files.root / "s.csv").read_text().splitlines()
     assert lines[0] == "id,proba,label" and lines[2].startswith("2,0.4") and lines[2].endswith(",0")
     assert (
@@ -122,7 +122,6 @@ def test_hateful_memes_by_likelihood_and_by_text(files, load, score):
         "name": "Hateful Memes accuracy",
         "value": pytest.approx(100 / 3),
         "unit": "%",
-        "formula": "share",
     }
     assert (written["counts"]["unparsable"], written["metrics"]["official"]["auroc"]) == (1, None)
 
