@@ -130,6 +130,7 @@ def test_a_piece_that_breaks_keeps_its_rows(gpu_check, tmp_path, monkeypatch):
     assert found["rows"] == [ROW]
 
 
+@pytest.mark.ci
 def test_a_piece_that_hangs_is_stopped_and_keeps_its_rows(gpu_check, tmp_path, monkeypatch):
     found = piece(gpu_check, tmp_path, monkeypatch, rows=[ROW], then="time.sleep(100)", budget=5.0)
     assert found["problem"] == "stopped after 5 s; what is below was ready by then"

@@ -81,7 +81,7 @@ def test_faults_that_all_processes_learn_of(values: Values, ranks: Any, tmp_path
     assert second[6]["message"].startswith("stopped, because rank 0 reported: the run's folder")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.ci), "fsdp2"])
 def test_a_killed_process_ends_the_others(values: Values, ranks: Any, parallel: str) -> None:
     began = time.monotonic()
     ends = ranks("train", [job(values({"parallel": parallel, "save_every": 1}), ("SIGKILL", 1, 2))])

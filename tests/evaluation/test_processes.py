@@ -159,6 +159,7 @@ def recorded(output):
     return {record_key(r): r["text"] for file in files for r in read_records(file)}
 
 
+@pytest.mark.ci
 def test_a_killed_evaluation_goes_on(heldout, tmp_path):
     assert killed_runs(heldout, tmp_path, kills=2, seed=0) > 5
 

@@ -44,6 +44,7 @@ def _in_the_interpreter(*arguments: str, timeout: int) -> str:
 
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 class TestProcesses:
+    @pytest.mark.ci
     @pytest.mark.timeout(600)
     def test_a_sample(self):
         report = _in_the_interpreter(str(Path(__file__)), "-k", "TestInterpreted", timeout=580)

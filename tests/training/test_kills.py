@@ -77,7 +77,7 @@ print(json.dumps({"code": life(None)[0], "run": finished}), flush=True)
 @pytest.mark.parametrize(
     ("kills", "save_async"),
     [
-        (3, False),
+        pytest.param(3, False, marks=pytest.mark.ci),
         pytest.param(50, False, marks=pytest.mark.slow),
         pytest.param(50, True, marks=pytest.mark.slow),
     ],

@@ -123,6 +123,7 @@ def test_memory_is_that_of_the_allocator(
     assert total == pytest.approx(measured(config), rel=0.15)
 
 
+@pytest.mark.ci
 def test_full_size_without_files(make_config: MakeConfig) -> None:
     planner = Planner(make_config({**FULL_SIZE, "gradient_checkpointing": True}), PlanSettings())
     chosen = planner.chosen()
@@ -207,6 +208,7 @@ def test_wrong_settings() -> None:
         PlanSettings(gpus=0)
 
 
+@pytest.mark.ci
 def test_first_native_scan_inside_a_recomputed_layer() -> None:
     model, _ = tiny_model("mlp")
     model.train()

@@ -73,7 +73,6 @@ def test_circular_scores_from_answers_and_sheets(files, tsv, load, score):
         "name": "MMBench circular accuracy",
         "value": 100.0,
         "unit": "%",
-        "formula": "share",
     }
     always_b = score("mmbench", files.lines("b.jsonl", answer_rows(task, lambda s: "B")), tsv)
     assert always_b["headline"]["value"] == 0.0

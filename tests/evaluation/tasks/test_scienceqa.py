@@ -50,7 +50,6 @@ def test_official_problems(files, official, load, score):
         "name": "ScienceQA-IMG accuracy",
         "value": 100.0,
         "unit": "%",
-        "formula": "share",
     }
     assert result["metrics"]["official"]["acc"] == 50.0
     dotted = files.lines("b.jsonl", [{"question_id": "4", "text": "B."}])
