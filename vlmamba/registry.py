@@ -2,9 +2,9 @@
 
 A name ``package.module:attribute`` means a part in code of the user's own. What a person writes (a recipe, a word of
 the command line) is imported. What is read from a file (an export's config.json, a run's config.yaml) is not: there the
-module must have been imported already, or be named in the environment variable VLMAMBA_PLUGINS (modules or packages,
-separated by commas), so that nothing that is read can choose what code runs. Either way it must be of the registry's
-kind.
+module must have been imported already, or be named in the environment variable VLMAMBA_PLUGINS (modules, packages or
+files, separated by commas), so that nothing that is read can choose what code runs. Either way it must be of the
+registry's kind.
 """
 
 from __future__ import annotations
@@ -53,11 +53,37 @@ def users_words() -> Iterator[None]:
         _users_words.reset(token)
 
 
+def admit(name: str) -> None:
+    """Remember that a person named this code, ``package.module[:attribute]`` or ``path/to/file.py[:function]``."""
+    _admitted.add(_place(name))
+
+
 def is_admitted(name: str) -> bool:
-    """Whether ``package.module:attribute`` may be looked up here."""
-    module = name.partition(":")[0]
-    named = any(module == each or module.startswith(f"{each}.") for each in plugins())
-    return _users_words.get() or module in sys.modules or named
+    """Whether code that was named so may be run here."""
+    place = _place(name)
+    named = any(place == _place(each) or place.startswith(f"{each}.") for each in plugins())
+    return _users_words.get() or place in sys.modules or named
+
+
+def check_admitted(name: str, kind: str) -> None:
+    """Raise unless code that a file names may be run here.
+
+    Raises:
+        ConfigError: Nobody has admitted it.
+    """
+    if not is_admitted(name):
+        place = _place(name)
+        first = "" if place.endswith(".py") else f"import {place} first, or "
+        raise ConfigError(
+            f"{kind} {name!r} is code from outside of vlmamba, and a name that was read from a file imports nothing. "
+            f"If you trust it, {first}set {PLUGINS}={place}."
+        )
+
+
+def _place(name: str) -> str:
+    """The module, or the whole path of the file, that a name begins with."""
+    place = name.rpartition(":")[0] or name
+    return os.path.realpath(place) if place.endswith(".py") else place
 
 
 def outside(name: str, kind: str, base: type) -> Any:
@@ -72,11 +98,7 @@ def outside(name: str, kind: str, base: type) -> Any:
         ConfigError: It was read from a file and is not admitted, there is no such module, or it is something else.
     """
     module, _, attribute = name.partition(":")
-    if not is_admitted(name):
-        raise ConfigError(
-            f"{kind} {name!r} is code from outside of vlmamba, and a name that was read from a file imports nothing. "
-            f"If you trust it, import {module} first, or set {PLUGINS}={module}."
-        )
+    check_admitted(name, kind)
     try:
         found = importlib.import_module(module)
     except ImportError as error:
@@ -85,7 +107,7 @@ def outside(name: str, kind: str, base: type) -> Any:
             "the folder of its file on PYTHONPATH."
         ) from error
     if _users_words.get():
-        _admitted.add(module)
+        admit(name)
     entry = getattr(found, attribute, None)
     if not _is_a(entry, base):
         fitting = sorted(

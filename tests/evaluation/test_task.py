@@ -10,6 +10,7 @@ import pytest
 import vlmamba
 from vlmamba.errors import ConfigError, DataError, ImageError, MissingFileError
 from vlmamba.evaluation import Sample, Task, image_first, load_task, task_names
+from vlmamba.evaluation.cli import reload_task
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -129,3 +130,34 @@ def test_training_and_data_do_not_import_evaluation():
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [f"{node.module}"] if isinstance(node, ast.ImportFrom) else []
                 assert not any(name.startswith("vlmamba.evaluation") for name in names), file
+
+
+def test_a_results_file_runs_no_code(tmp_path, monkeypatch):
+    """`report` and `compare` make tasks again from results.json, which may be anybody's."""
+    monkeypatch.chdir(tmp_path)
+    ran = tmp_path / "ran"
+    code = f"""
+from pathlib import Path
+from vlmamba.evaluation import Sample, Task
+Path({str(ran)!r}).write_text("ran")
+
+def task() -> Task:
+    return Task("x", [Sample("1", (), "?")])
+"""
+    for place in ("elsewhere/x.py", "runs/a/eval/x.py", "sent.py"):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).write_text(code)
+    for spec, folder in (
+        ("elsewhere/x.py", "eval"),
+        (str(tmp_path / "elsewhere/x.py:task"), "eval"),
+        ("x", "elsewhere"),
+        ("x", "runs/a/eval"),
+        ("./sent.py", "eval"),
+        ("package_of_nobody.module:task", "eval"),
+    ):
+        with pytest.raises(ConfigError, match="a name that was read from a file imports nothing"):
+            reload_task({"spec": spec, "folder": folder})
+    assert not ran.exists()
+    monkeypatch.setenv("VLMAMBA_PLUGINS", "elsewhere/x.py")
+    reload_task({"spec": "x", "folder": "elsewhere"})
+    assert ran.exists()

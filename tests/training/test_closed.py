@@ -22,12 +22,12 @@ from vlmamba.cli import main
 from vlmamba.common.digests import DIGESTS
 from vlmamba.common.files import digest
 from vlmamba.common.load import load_model
-from vlmamba.config import load_yaml
+from vlmamba.config import dump_yaml, load_recipe, load_yaml
 from vlmamba.errors import CheckpointError, ConfigError, VLMambaError
 from vlmamba.training import checkpoint as checkpoints
 from vlmamba.training import loop
 from vlmamba.training.checkpoint import latest_checkpoint, read_state, read_whole
-from vlmamba.training.config import TrainConfig
+from vlmamba.training.config import EvaluationConfig, TrainConfig
 from vlmamba.training.init_from import init_from
 from vlmamba.training.run import export_run, prepare_model, read_checkpoint, run
 from vlmamba.training.sharded import MODEL, OPTIM, write_part
@@ -540,3 +540,18 @@ def test_a_run_folder_has_one_writer(make_config: Any, ending: str) -> None:
         first.join(60)
         assert first.exitcode == 0
         assert run(config, resume=True).step == 5
+
+
+def test_a_config_that_is_read_names_no_function_to_run(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's config.yaml is a recipe, too; its `evaluations` are admitted by a person."""
+    (tmp_path / "measure.py").write_text("def blank(model, processor, *, step): return {}\n")
+    file = tmp_path / "config.yaml"
+    function = f"{tmp_path / 'measure.py'}:blank"
+    file.write_text(dump_yaml(make_config().replace(evaluations=(EvaluationConfig(function=function),))))
+    with pytest.raises(ConfigError, match=r"measure\.py:blank' is code from outside .* VLMAMBA_PLUGINS="):
+        load_recipe(str(file))
+    monkeypatch.setenv("VLMAMBA_PLUGINS", str(tmp_path / "measure.py"))
+    recipe = load_recipe(str(file), ["--seed", "3"])
+    assert recipe.config.evaluations[0].function == function

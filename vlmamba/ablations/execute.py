@@ -26,7 +26,7 @@ from vlmamba.ablations.graph import Graph, Node, write_nodes
 from vlmamba.common.files import replace_text
 from vlmamba.common.processes import EXIT_STOPPED, STOP_SIGNALS, end_with_parent
 from vlmamba.evaluation.tables import duration
-from vlmamba.registry import PLUGINS, plugins
+from vlmamba.registry import PLUGINS, admit, plugins
 from vlmamba.training.run_dir import git_commit
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,8 @@ class Execution:
         command = [*self.program, *node.words]
         if node.kind != "speed" and self.nproc != "1":
             command += ["--nproc", self.nproc]
+        for name in node.config.code() if node.config is not None else ():
+            admit(name)  # as the person did whose table it is
         environment = {"VLMAMBA_PROGRESS": "0", **os.environ, PLUGINS: ",".join(plugins())}
         if self.jobs > 1 and not node.exclusive:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))

@@ -112,6 +112,10 @@ class Config:
             self._require_field(name, "")
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
+    def code(self) -> list[str]:
+        """Functions that it names and that will be run, ``path/to/file.py:function`` or ``package.module:function``."""
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what JSON and YAML can hold."""
         return {name: to_plain(getattr(self, name)) for name in self.field_types()}

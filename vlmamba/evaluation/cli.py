@@ -19,8 +19,8 @@ from vlmamba.errors import ConfigError, DataError, MissingDependencyError, Missi
 from vlmamba.evaluation.predictions import score_predictions as score_predictions
 from vlmamba.evaluation.records import read_records, record_key, remove_answers
 from vlmamba.evaluation.scoring import given_answers
-from vlmamba.evaluation.task import Task, load_task
-from vlmamba.registry import users_words
+from vlmamba.evaluation.task import FOLDER, Task, load_task, task_file
+from vlmamba.registry import check_admitted, users_words
 
 RESULTS_FILE = "results.json"
 
@@ -149,7 +149,11 @@ def reload_task(result: Mapping[str, Any]) -> Task:
 
     Raises:
         DataError: Its questions are others now than those that were asked.
+        ConfigError: It is in a file that nobody has named here and that is not in ``eval/``.
     """
+    place = task_file(result["spec"], result["folder"])
+    if place is not None and place.resolve().parent != Path(FOLDER).resolve():
+        check_admitted(str(place), "task")
     task = load_task(result["spec"], folder=result["folder"], **result.get("options", {}))
     asked = result.get("settings", {}).get("data", task.fingerprint)
     if asked != task.fingerprint:

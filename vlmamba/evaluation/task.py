@@ -26,7 +26,10 @@ from vlmamba.config.files import find_file, is_path, load_python_file, names_in,
 from vlmamba.errors import ConfigError, DataError
 from vlmamba.evaluation.records import Record
 from vlmamba.evaluation.scorers import Score, exact_match
-from vlmamba.registry import close_matches, outside
+from vlmamba.registry import admit, close_matches, outside
+
+FOLDER = "eval"
+"""Where tasks given by name live, under the current directory."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def first_questions(samples: Sequence[Sample], limit: int | None) -> list[Sample
     return [s for at, s in enumerate(samples) if at < limit or s.group in groups]
 
 
-def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task:
+def load_task(spec: str, *, folder: str | Path = FOLDER, **options: Any) -> Task:
     """Make a task from its file.
 
     Args:
@@ -204,13 +207,13 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
         ConfigError: There is no such task, function or option; the message lists what there is.
         MissingFileError: A path was given and there is no such file.
     """
-    name, _, function_name = spec.rpartition(":") if ":" in spec else (spec, "", "")
     path: Path | str
-    if function_name and not is_path(name) and name not in task_names(folder) and _is_module(name):
-        path, function = name, outside(spec, "task", Task)
+    found, function_name = _located(spec, Path(folder))
+    if found is None:
+        path, function = spec.rpartition(":")[0], outside(spec, "task", Task)
     else:
-        path, default = _resolve(name, Path(folder))
-        function_name = function_name or default
+        path = found
+        admit(str(path))
         functions = _task_functions(load_python_file(path, "task"))
         if function_name not in functions:
             raise ConfigError(
@@ -234,7 +237,21 @@ def load_task(spec: str, *, folder: str | Path = "eval", **options: Any) -> Task
     return task
 
 
-def task_names(folder: str | Path = "eval") -> list[str]:
+def task_file(spec: str, folder: str | Path = FOLDER) -> Path | None:
+    """The file that a task's name means (see `load_task`); None for one in a module."""
+    return _located(spec, Path(folder))[0]
+
+
+def _located(spec: str, folder: Path) -> tuple[Path | None, str]:
+    """File and function of a task; no file where it is in a module."""
+    name, _, function = spec.rpartition(":") if ":" in spec else (spec, "", "")
+    if function and not is_path(name) and name not in task_names(folder) and _is_module(name):
+        return None, function
+    path, default = _resolve(name, folder)
+    return path, function or default
+
+
+def task_names(folder: str | Path = FOLDER) -> list[str]:
     """Names of the tasks in a folder, variants after the file they are in. No file is run for this."""
     return [name for file in names_in(folder) for name in (file, *_variants(Path(folder) / f"{file}.py"))]
 

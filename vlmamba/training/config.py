@@ -284,6 +284,10 @@ class TrainConfig(Config):
     loggers: Free[tuple[str, ...]] = ("tensorboard",)
     """Besides log.jsonl: tensorboard, wandb, trackio. The last two send data to their services."""
 
+    def code(self) -> list[str]:
+        """See `Config.code`."""
+        return [each.function for each in self.evaluations]
+
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("output: name the folder of the run.")
