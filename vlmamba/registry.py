@@ -59,25 +59,35 @@ def admit(name: str) -> None:
 
 
 def is_admitted(name: str) -> bool:
-    """Whether code that was named so may be run here."""
+    """Whether a part of a known kind that was named so may be looked up here; being imported already is enough."""
+    return is_named(name) or _place(name) in sys.modules
+
+
+def is_named(name: str) -> bool:
+    """Whether a person named this code here or in VLMAMBA_PLUGINS."""
     place = _place(name)
-    named = any(place == _place(each) or place.startswith(f"{each}.") for each in plugins())
-    return _users_words.get() or place in sys.modules or named
+    return _users_words.get() or any(
+        place == _place(each) or place.startswith(f"{each}.") for each in plugins()
+    )
 
 
-def check_admitted(name: str, kind: str) -> None:
-    """Raise unless code that a file names may be run here.
+def check_named(name: str, kind: str) -> None:
+    """Raise unless a person named a function that a file names.
+
+    A function may be anything, so that its module is imported already (as ``os`` is) says nothing for it.
 
     Raises:
-        ConfigError: Nobody has admitted it.
+        ConfigError: Nobody did.
     """
-    if not is_admitted(name):
-        place = _place(name)
-        first = "" if place.endswith(".py") else f"import {place} first, or "
-        raise ConfigError(
-            f"{kind} {name!r} is code from outside of vlmamba, and a name that was read from a file imports nothing. "
-            f"If you trust it, {first}set {PLUGINS}={place}."
-        )
+    if not is_named(name):
+        raise ConfigError(_refusal(name, kind, f"set {PLUGINS}={_place(name)}"))
+
+
+def _refusal(name: str, kind: str, way: str) -> str:
+    return (
+        f"{kind} {name!r} is code from outside of vlmamba, and a name that was read from a file imports nothing. "
+        f"If you trust it, {way}."
+    )
 
 
 def _place(name: str) -> str:
@@ -98,7 +108,8 @@ def outside(name: str, kind: str, base: type) -> Any:
         ConfigError: It was read from a file and is not admitted, there is no such module, or it is something else.
     """
     module, _, attribute = name.partition(":")
-    check_admitted(name, kind)
+    if not is_admitted(name):
+        raise ConfigError(_refusal(name, kind, f"import {module} first, or set {PLUGINS}={module}"))
     try:
         found = importlib.import_module(module)
     except ImportError as error:

@@ -552,6 +552,10 @@ def test_a_config_that_is_read_names_no_function_to_run(
     file.write_text(dump_yaml(make_config().replace(evaluations=(EvaluationConfig(function=function),))))
     with pytest.raises(ConfigError, match=r"measure\.py:blank' is code from outside .* VLMAMBA_PLUGINS="):
         load_recipe(str(file))
+    imported = file.read_text().replace(function, "subprocess:run")
+    (tmp_path / "imported.yaml").write_text(imported)
+    with pytest.raises(ConfigError, match="VLMAMBA_PLUGINS=subprocess"):
+        load_recipe(str(tmp_path / "imported.yaml"))
     monkeypatch.setenv("VLMAMBA_PLUGINS", str(tmp_path / "measure.py"))
     recipe = load_recipe(str(file), ["--seed", "3"])
     assert recipe.config.evaluations[0].function == function

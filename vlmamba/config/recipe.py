@@ -16,7 +16,7 @@ from vlmamba.config.files import find_file, load_python_file
 from vlmamba.config.overrides import apply_overrides, parse_overrides
 from vlmamba.config.values import from_text, is_config
 from vlmamba.errors import ConfigError, MissingFileError
-from vlmamba.registry import check_admitted, close_matches, users_words
+from vlmamba.registry import check_named, close_matches, users_words
 
 
 class Recipe(NamedTuple):
@@ -55,7 +55,7 @@ def load_recipe(
     if path.suffix in (".yaml", ".yml"):
         written = load_yaml(path)
         for named in written.code():
-            check_admitted(named, f"{path}: the function")
+            check_named(named, f"{path}: the function")
         with users_words():
             config, changes = apply_overrides(written, flags)
         return Recipe(config, changes, path, "")

@@ -20,7 +20,7 @@ from vlmamba.evaluation.predictions import score_predictions as score_prediction
 from vlmamba.evaluation.records import read_records, record_key, remove_answers
 from vlmamba.evaluation.scoring import given_answers
 from vlmamba.evaluation.task import FOLDER, Task, load_task, task_file
-from vlmamba.registry import check_admitted, users_words
+from vlmamba.registry import check_named, users_words
 
 RESULTS_FILE = "results.json"
 
@@ -153,7 +153,7 @@ def reload_task(result: Mapping[str, Any]) -> Task:
     """
     place = task_file(result["spec"], result["folder"])
     if place is not None and place.resolve().parent != Path(FOLDER).resolve():
-        check_admitted(str(place), "task")
+        check_named(str(place), "task")
     task = load_task(result["spec"], folder=result["folder"], **result.get("options", {}))
     asked = result.get("settings", {}).get("data", task.fingerprint)
     if asked != task.fingerprint:
